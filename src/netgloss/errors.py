@@ -1,0 +1,23 @@
+"""The one kind of error that a user can mend.
+
+Everything a user can get wrong (a layer's name, a file, a flag) raises :class:`UserError` with one line that restates
+what was passed and what would have been right. The command line prints that line and exits with 2; any other
+exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user passed, or a state of their files, told in one line."""
+
+
+def nearest(name: str, known: Iterable[str], *, limit: int = 5) -> list[str]:
+    """The known names closest to ``name``, best first (for "did you mean")."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.4)
+    inside = [other for other in known if name and (name in other or other in name) and other not in close]
+    return (close + inside)[:limit]
