@@ -1,0 +1,22 @@
+"""Classifiers: loading by name, listing layers, reading and replacing what layers give, and the way from a layer to
+the logits."""
+
+from netgloss.classifiers.layers import LayerInfo, list_layers
+from netgloss.classifiers.loading import Classifier, imagenet_wnids, load_classifier, load_from_spec
+from netgloss.classifiers.preprocessing import Geometry, Preprocessing
+from netgloss.classifiers.tail import Tail
+from netgloss.classifiers.taps import Taps, replaced
+
+__all__ = [
+    "Classifier",
+    "Geometry",
+    "LayerInfo",
+    "Preprocessing",
+    "Tail",
+    "Taps",
+    "imagenet_wnids",
+    "list_layers",
+    "load_classifier",
+    "load_from_spec",
+    "replaced",
+]

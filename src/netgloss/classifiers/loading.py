@@ -1,0 +1,304 @@
+"""Classifiers by name, with weights, preprocessing and class names.
+
+``timm:NAME`` (or ``timm:NAME.TAG``), ``torchvision:NAME`` (or ``torchvision:NAME.WEIGHTS``, as in
+``resnet50.IMAGENET1K_V1``), ``path/to/file.py:factory``, ``critters``, or any ``nn.Module``. Nothing is downloaded
+unless a timm or torchvision name comes with neither checkpoint nor ``random_weights``. A checkpoint is taken to have
+been trained like the published weights of its name: their preprocessing is used unless told otherwise.
+
+Shape letters: B images, C channels, H and W the network's input.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
+from netgloss.classifiers.preprocessing import Preprocessing
+from netgloss.classifiers.sources import Built, build
+from netgloss.classifiers.taps import find_layer
+from netgloss.errors import UserError
+
+
+class Classifier:
+    """A frozen network in eval mode, with what is needed to feed it and to read its answers.
+
+    Attributes
+    ----------
+    net : the ``nn.Module``; no parameter requires a gradient.
+    name : what it was loaded by; for a module its class.
+    preprocessing : from a PIL image to the network's input.
+    class_names : one name a logit (``"class 0"`` ... where nobody said).
+    checkpoint : file of the weights, or None.
+    origin : how to load it again; part of :meth:`spec`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        name: str,
+        preprocessing: Preprocessing,
+        class_names: Sequence[str] | None = None,
+        checkpoint: str | None = None,
+        imagenet: str | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.net = net.eval().requires_grad_(False)
+        self.name = name
+        self.preprocessing = preprocessing
+        self.checkpoint = checkpoint
+        self.imagenet = imagenet
+        self.origin = dict(origin or {})
+        count = self._count_classes()
+        if class_names is not None and len(class_names) != count:
+            raise UserError(f"{name} has {count} logits but {len(class_names)} class names were given")
+        self.class_names = (
+            [f"class {i}" for i in range(count)] if class_names is None else [str(n) for n in class_names]
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one input."""
+        return self.preprocessing.input_shape
+
+    @property
+    def device(self) -> torch.device:
+        tensors = (*self.net.parameters(), *self.net.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 (hex) over names, dtypes, shapes and bytes of the state dict."""
+        return hash_weights(self.net)
+
+    @cached_property
+    def wnids(self) -> list[str] | None:
+        """The WordNet id of each class, for heads of ImageNet."""
+        return imagenet_wnids(self.imagenet)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of normalised images (B, C, H, W); differentiable in the images."""
+        return self.net(images)
+
+    def to(self, device: str | torch.device) -> Classifier:
+        """Moves the network and returns the classifier."""
+        self.net.to(device)
+        return self
+
+    def check_layer(self, name: str) -> str:
+        """``name``, if it is a layer's; otherwise a :class:`UserError` with the nearest right ones."""
+        find_layer(self.net, name)
+        return name
+
+    def untrained(self, seed: int) -> Classifier:
+        """The same architecture with all weights drawn anew, as a control. The same on every device."""
+        return Classifier(
+            reinitialised(self.net, seed=seed).to(self.device),
+            name=f"{self.name} (untrained)",
+            preprocessing=self.preprocessing,
+            class_names=self.class_names,
+            imagenet=self.imagenet,
+            origin={**self.origin, "checkpoint": None, "random_weights": True, "untrained": seed},
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """A JSON-able description from which :func:`load_from_spec` loads the classifier again."""
+        return {
+            **self.origin,
+            "preprocessing": self.preprocessing.to_dict(),
+            "class_names": list(self.class_names),
+            "imagenet": self.imagenet,
+            "weights_hash": self.weights_hash,
+        }
+
+    def _count_classes(self) -> int:
+        blank = torch.zeros(2, *self.input_shape, device=self.device)
+        try:
+            with torch.no_grad():
+                output = self.net(blank)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            line = " ".join(str(error).split())[:160]
+            raise UserError(f"{self.name} does not run on inputs {tuple(blank.shape)}: {line}") from error
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
+            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            raise UserError(f"{self.name} is no classifier: for 2 images it gives {got}, not logits (2, num_classes)")
+        return output.shape[1]
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.input_shape))
+        return f"Classifier({self.name!r}, input {size}, {self.num_classes} classes, on {self.device})"
+
+
+def imagenet_wnids(imagenet: str | None) -> list[str] | None:
+    """The WordNet id of each class of one of timm's ImageNet sets (``Classifier.imagenet``); None for None."""
+    if imagenet is None:
+        return None
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo(imagenet).label_names()
+
+
+def load_classifier(
+    name_or_module: str | nn.Module,
+    *,
+    checkpoint: str | Path | None = None,
+    random_weights: bool = False,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | str | Path | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    input_size: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Classifier:
+    """Loads a classifier.
+
+    Parameters
+    ----------
+    name_or_module : ``timm:NAME``, ``torchvision:NAME``, ``path/to/file.py:factory``, ``critters``, or a module,
+        which is copied (yours stays as it is).
+    checkpoint : .safetensors file, or a PyTorch state dict, read with ``weights_only=True``; nothing is downloaded
+        then.
+    random_weights : draw the weights with ``seed`` instead; nothing is downloaded either.
+    num_classes : handed to timm, torchvision or the factory.
+    class_names : the names, or a text file with one a line.
+    preprocessing : the whole description, or a mapping that changes fields of the network's own. Modules and
+        factories say theirs in an attribute ``preprocessing_spec`` (a dict of its fields), and their classes in
+        ``class_names``.
+    input_size, mean, std : change these fields only; the resize follows the size.
+
+    Raises
+    ------
+    UserError
+        For anything that does not fit, in one line.
+    """
+    if checkpoint is not None and random_weights:
+        raise UserError(f"checkpoint {checkpoint} and random_weights exclude each other")
+    if isinstance(preprocessing, Preprocessing):
+        changes: dict[str, Any] = preprocessing.to_dict()
+    else:
+        changes = dict(preprocessing or {})
+    changes |= {k: v for k, v in {"size": input_size, "mean": mean, "std": std}.items() if v is not None}
+    state = None if checkpoint is None else read_checkpoint(checkpoint)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        built = build(
+            name_or_module,
+            pretrained=state is None and not random_weights,
+            num_classes=num_classes,
+            size=None if changes.get("size") is None else Preprocessing(size=changes["size"]).size,
+            state_names=state or (),
+        )
+    net = built.net
+    if state is not None:
+        assert checkpoint is not None
+        load_weights(net, state, source=checkpoint)
+    elif random_weights and not built.seeded:
+        net = reinitialised(net, seed=seed)
+    names = _read_names(class_names) if isinstance(class_names, (str, Path)) else class_names
+    checkpoint = None if checkpoint is None else str(Path(checkpoint).resolve())
+    return Classifier(
+        net,
+        name=built.name,
+        preprocessing=_preprocessing(built, changes),
+        class_names=built.class_names if names is None else names,
+        checkpoint=checkpoint,
+        imagenet=built.imagenet if names is None else None,
+        origin={
+            "name": built.origin,
+            "checkpoint": checkpoint,
+            "random_weights": random_weights,
+            "num_classes": num_classes,
+            "seed": seed,
+        },
+    )
+
+
+def load_from_spec(
+    spec: Mapping[str, Any], *, checkpoint: str | Path | None = None, net: nn.Module | None = None
+) -> Classifier:
+    """The classifier that :meth:`Classifier.spec` described; its weights must be the same.
+
+    Parameters
+    ----------
+    checkpoint : where the weights are now, if not where they were.
+    net : the module, for classifiers that were given as one.
+
+    Raises
+    ------
+    UserError
+        If the weights differ from those described, or something is missing.
+    """
+    name = spec["name"]
+    if net is None and name.startswith("module:"):
+        raise UserError(
+            f"the classifier {name.removeprefix('module:')!r} was given as a module: pass it again (net=...)"
+        )
+    moved = checkpoint or spec["checkpoint"]
+    if moved is not None and not Path(moved).exists():
+        raise UserError(f"the checkpoint {moved} of {name} is not there any more; say where it is (checkpoint=...)")
+    classifier = load_classifier(
+        name if net is None else net,
+        checkpoint=moved,
+        random_weights=spec["random_weights"],
+        num_classes=spec["num_classes"],
+        class_names=spec["class_names"],
+        preprocessing=Preprocessing.from_dict(spec["preprocessing"]),
+        seed=spec["seed"],
+    )
+    if spec.get("untrained") is not None:
+        classifier = classifier.untrained(spec["untrained"])
+    classifier.imagenet = spec["imagenet"]
+    if classifier.weights_hash != spec["weights_hash"]:
+        raise UserError(
+            f"the weights of {name} are not those described (sha256 {classifier.weights_hash[:12]}... instead of "
+            f"{spec['weights_hash'][:12]}...)"
+        )
+    return classifier
+
+
+def reinitialised(net: nn.Module, *, seed: int) -> nn.Module:
+    """A copy on the CPU with every weight drawn anew: ``reset_parameters`` where a module has it, else N(0, 0.02^2)."""
+    net = copy.deepcopy(net).cpu()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for module in net.modules():
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if callable(reset):
+                reset()
+            else:
+                for parameter in module.parameters(recurse=False):
+                    parameter.normal_(0, 0.02)
+    return net
+
+
+def _preprocessing(built: Built, changes: Mapping[str, Any]) -> Preprocessing:
+    if built.preprocessing is not None:
+        return built.preprocessing.with_options(**changes)
+    missing = [name for name in ("size", "mean", "std") if name not in changes]
+    if missing:
+        flags = ", ".join({"size": "input_size"}.get(name, name) for name in missing)
+        raise UserError(
+            f"{built.name} does not say how images are prepared for it; pass {flags}, or give the module an attribute "
+            "preprocessing_spec"
+        )
+    return Preprocessing.from_dict({"resize": changes["size"], "channels": len(changes["mean"]), **changes})
+
+
+def _read_names(path: str | Path) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"class names {path} cannot be read as a text file with one name a line ({error})") from error
+    return [line.strip() for line in lines if line.strip()]

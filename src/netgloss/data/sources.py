@@ -1,0 +1,233 @@
+"""Opening image sources (folders, files, arrays, timm data sets, Critters), splitting them, naming their classes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from netgloss.data.annotations import open_annotations
+from netgloss.data.arrays import ArraySource, open_npz
+from netgloss.data.base import ImageSource
+from netgloss.data.images import image_size, list_files, missing, open_image, printable, sample_bytes
+from netgloss.data.named import CrittersSource, open_critters, open_timm
+from netgloss.errors import UserError
+
+if TYPE_CHECKING:
+    from netgloss.data.annotation_files import Annotations
+    from netgloss.data.critters import Critters
+
+EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm")
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "masks"}
+
+__all__ = [
+    "EXTENSIONS",
+    "ArraySource",
+    "FileSource",
+    "ImageSource",
+    "match_classes",
+    "open_images",
+    "split",
+    "split_ids",
+]
+
+
+class FileSource(ImageSource):
+    """Image files below a folder.
+
+    Parameters
+    ----------
+    root : the folder.
+    files : relative POSIX paths.
+    labelled : the first folder of each path is its class.
+    """
+
+    def __init__(
+        self, root: Path, files: Sequence[str], *, labelled: bool, description: str, notes: Iterable[str] = ()
+    ) -> None:
+        classes = [file.split("/")[0] if labelled and "/" in file else None for file in files]
+        names = sorted({name for name in classes if name is not None})
+        index = {name: i for i, name in enumerate(names)}
+        targets = np.array([-1 if name is None else index[name] for name in classes], np.int64)
+        ids = [os.fsencode(file).decode("utf-8", "backslashreplace") for file in files]
+        super().__init__(ids, description=description, class_names=names, targets=targets, notes=notes)
+        self.root = Path(os.path.abspath(root))
+        self._files = list(files)
+
+    def image(self, i: int) -> Image.Image:
+        return open_image(self.root / self._files[i])
+
+    def size(self, i: int) -> tuple[int, int]:
+        return image_size(self.root / self._files[i])
+
+    def _digest(self, i: int) -> bytes:
+        try:
+            with open(self.root / self._files[i], "rb") as file:
+                return sample_bytes(file)
+        except OSError:
+            return b"unreadable"
+
+
+def open_images(
+    spec: str | os.PathLike[str] | ImageSource | Critters | NDArray[Any] | Tensor,
+    *,
+    annotations: str | os.PathLike[str] | Annotations | None = None,
+) -> ImageSource:
+    """Open an image source.
+
+    Parameters
+    ----------
+    spec : a folder of images (its sub-folders are the classes), an image file, ``file.npz`` (arrays ``x``, ``y``,
+        ``classes``) or ``file.npz:test`` (``x_test``, ``y_test``), ``timm:NAME,root=...,split=...`` (any data set of
+        ``timm.data.create_dataset`` that can be read by number), ``critters``, ``critters:N`` or
+        ``critters:N,seed=1,size=64``; in Python also an array, a tensor or a source.
+    annotations : what ``open_annotations`` reads, or its result.
+
+    Raises
+    ------
+    UserError : nothing there, nothing in it, or not one of these forms.
+    """
+    source = _open(spec)
+    if annotations is not None:
+        if isinstance(annotations, str | os.PathLike):
+            annotations = open_annotations(annotations, source.ids)
+        source = copy.copy(source)
+        source.annotations = annotations
+    return source
+
+
+def _open(spec: Any) -> ImageSource:
+    if isinstance(spec, ImageSource):
+        return spec
+    if isinstance(spec, np.ndarray | Tensor):
+        return ArraySource(spec)
+    if not isinstance(spec, str | os.PathLike):
+        from netgloss.data.critters import Critters
+
+        if not isinstance(spec, Critters):
+            raise UserError(
+                f"cannot open a {type(spec).__name__} as images: pass a path, an array, a tensor or a source"
+            )
+        return CrittersSource(spec)
+    text, path = os.fspath(spec), Path(spec)
+    if path.is_dir():
+        return _open_folder(path)
+    if text.startswith("timm:"):
+        return open_timm(text)
+    if re.match(r"critters(:|$)", text) and not path.exists():
+        return open_critters(text)
+    part = ""
+    if not path.exists() and (match := re.fullmatch(r"(.+\.npz):(\w+)", text)):
+        path, part = Path(match[1]), match[2]
+    if not path.exists():
+        raise missing(path)
+    if path.suffix.lower() == ".npz":
+        return open_npz(path, part)
+    if path.suffix.lower()[1:] not in EXTENSIONS:
+        raise UserError(
+            f"{printable(path)} is neither a folder nor an .npz file nor an image ({', '.join(EXTENSIONS)})"
+        )
+    return FileSource(path.parent, [path.name], labelled=False, description=printable(path.name))
+
+
+def _open_folder(root: Path) -> FileSource:
+    found, notes = list_files(root)
+    files = [file for file in found if file.lower().rpartition(".")[2] in EXTENSIONS]
+    if not files:
+        other = f"{len(found)} other files such as {printable(found[0])}" if found else "no files at all"
+        raise UserError(f"no images in {printable(root)}: looked for {', '.join(EXTENSIONS)}, found {other}")
+    classes = {file.split("/")[0] for file in files if "/" in file}
+    if classes:
+        folders = {entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)}
+        empty = sorted(name for name in folders - classes if not name.startswith("."))
+        if empty:
+            notes.append(f"class folders without images: {', '.join(map(printable, empty))}")
+        if loose := sum("/" not in file for file in files):
+            notes.append(f"{loose} images lie beside the class folders and have no class")
+        if classes <= _SPLITS:
+            notes.append(f"the classes are called {', '.join(sorted(classes))}: was one of these folders meant?")
+    description = f"{len(files)} images of {printable(root.resolve().name)}"
+    return FileSource(root, files, labelled=bool(classes), description=description, notes=notes)
+
+
+def split(source: ImageSource, fraction: float = 0.8) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """:func:`split_ids` of a source's ids and targets."""
+    return split_ids(source.ids, source.targets, fraction=fraction)
+
+
+def split_ids(
+    ids: Sequence[str], targets: NDArray[np.int64], *, fraction: float = 0.8
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of the images to fit on and of those held out, in rising order.
+
+    Within each class the images are ordered by the sha256 of their ids and the first ``fraction`` is for fitting; a
+    class of two or more has at least one in each part. A class of one is for fitting only.
+
+    Parameters
+    ----------
+    ids : N names.
+    targets : (N,) classes; -1, unknown, counts as a class.
+
+    Raises
+    ------
+    UserError : ``fraction`` is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the fraction to fit on must lie between 0 and 1, got {fraction}")
+    by_class: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
+    for i, (image_id, target) in enumerate(zip(ids, targets.tolist(), strict=True)):
+        by_class[target].append((hashlib.sha256(image_id.encode()).digest(), i))
+    fit: list[int] = []
+    for members in by_class.values():
+        count = min(max(round(fraction * len(members)), 1), max(len(members) - 1, 1))
+        fit += [i for _, i in sorted(members)[:count]]
+    fit_indices = np.array(sorted(fit), np.int64)
+    return fit_indices, np.setdiff1d(np.arange(len(ids), dtype=np.int64), fit_indices)
+
+
+def match_classes(
+    names: Sequence[str], class_names: Sequence[str], wnids: Sequence[str] | None = None
+) -> NDArray[np.int64]:
+    """Index of the classifier's class for each of a source's classes, -1 where no single one agrees.
+
+    Tried in this order: the WordNet id, the same name, the same name but for case and separators, the name before the
+    first comma ("tench, Tinca tinca"). Nothing is ever matched by its place, unless the source's names are the numbers
+    from 0 ("0" or "class 0") and there are as many as classes: they are then taken as the classifier's indices.
+    """
+    levels = [list(wnids or ()), list(class_names), [*map(_plain, class_names)]]
+    levels.append([_plain(name.split(",")[0]) for name in class_names])
+    tables: list[dict[str, list[int]]] = []
+    for level in levels:
+        table: dict[str, list[int]] = defaultdict(list)
+        for index, name in enumerate(level):
+            table[name].append(index)
+        tables.append(dict(table))
+
+    def find(name: str) -> int:
+        plain = _plain(name)
+        for table, key in zip(tables, (name, name, plain, plain), strict=True):
+            if key in table:
+                return table[key][0] if len(table[key]) == 1 else -1
+        return -1
+
+    found = np.array([find(name) for name in names], np.int64)
+    numbers = [_plain(name) for name in names]
+    if (found < 0).all() and sorted(numbers) == sorted(map(str, range(len(class_names)))):
+        return np.array([int(number) for number in numbers], np.int64)
+    return found
+
+
+def _plain(name: str) -> str:
+    """Lower case, single spaces for separators; "class 7" is plain "7"."""
+    text = re.sub(r"[\s_\-]+", " ", name).strip().casefold()
+    return re.sub(r"^class (?=\d+$)", "", text)
