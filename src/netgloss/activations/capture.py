@@ -1,0 +1,372 @@
+"""Streaming capture: images -> classifier up to the layers -> store, in one pass.
+
+Memory holds a few chunks whatever the number of images: workers decode ahead, the network runs on whole batches, one
+thread compresses and writes the chunk before. Chunks are independent, so that a killed capture continues with the
+chunks that are missing, and ranks of a distributed capture take every ``world``-th chunk.
+
+Shape letters: B images of a batch, C H W a layer's map, P sampled positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from netgloss.activations.store import Store, StoreInfo, StoreKey, estimate_bytes, stored_shape
+from netgloss.errors import UserError
+from netgloss.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from netgloss.classifiers import Classifier
+    from netgloss.data import ImageSource
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """How to capture; the fields are flags of the command line."""
+
+    dtype: str = "float16"
+    """Number format on disk: float16 or float32."""
+    logits: bool = True
+    """Keep the classifier's logits too; without them the forward stops after the last layer."""
+    positions: int | None = None
+    """Keep only this many random positions of each image's map (for fitting; such a layer cannot be evaluated)."""
+    batch_size: int = 32
+    """Images a forward."""
+    workers: int | None = None
+    """Processes that decode images ahead; default: none for arrays, up to 8 for files."""
+    strict: bool = False
+    """Make an unreadable image an error instead of skipping and listing it."""
+    seed: int = 0
+    """Seed of the sampled positions."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float16", "float32"):
+            raise UserError(f"dtype must be float16 or float32, got {self.dtype!r}")
+        for name in ("batch_size", "positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+
+
+def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str], options: CaptureOptions) -> StoreKey:
+    """The content address of what :func:`capture` would write."""
+    return StoreKey(
+        weights_hash=classifier.weights_hash,
+        preprocessing=json.loads(json.dumps(classifier.preprocessing.to_dict())),
+        layers=tuple(layers),
+        data_fingerprint=source.fingerprint,
+        dtype=options.dtype,
+        logits=options.logits,
+        positions=options.positions,
+        seed=options.seed if options.positions is not None else 0,
+    )
+
+
+def prepare_store(
+    classifier: Classifier,
+    source: ImageSource,
+    layers: Sequence[str],
+    out: str | Path,
+    *,
+    options: CaptureOptions | None = None,
+    info: StoreInfo | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """The store at ``out`` that :func:`capture` fills: a new one, or the one of an interrupted capture.
+
+    Raises
+    ------
+    UserError
+        If ``out`` holds something else, the disk is too small, there are no images, or a layer is unknown or gives
+        neither vectors nor maps.
+    """
+    options = options or CaptureOptions()
+    progress = progress or Silent()
+    if len(source) == 0:
+        raise UserError(f"there are no images in {source.description}")
+    layers = [classifier.check_layer(name) for name in dict.fromkeys(layers)]
+    key = store_key(classifier, source, layers, options)
+    out = Path(out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        return Store.open(out, expect=key)
+    shapes, num_classes = _probe(classifier, layers)
+    size = estimate_bytes(shapes, len(source), dtype=options.dtype, positions=options.positions)
+    shown = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+    progress.say(f"{len(source)} images, {shown}: up to {size / 1e6:,.0f} MB before compression")
+    return Store.create(
+        out,
+        key=key,
+        info=info or StoreInfo(class_names=tuple(source.class_names)),
+        shapes=shapes,
+        ids=source.ids,
+        targets=source.targets,
+        num_classes=num_classes,
+    )
+
+
+def capture(
+    classifier: Classifier,
+    source: ImageSource,
+    layers: Sequence[str],
+    out: str | Path,
+    *,
+    options: CaptureOptions | None = None,
+    info: StoreInfo | None = None,
+    progress: Progress | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Store:
+    """Captures ``layers`` for all images of ``source`` into a store at ``out``; continues an interrupted capture.
+
+    Parameters
+    ----------
+    classifier : runs on its own device.
+    layers : dotted names; all are read in one pass.
+    rank, world : this process writes the chunks ``rank, rank + world, ...``; the store must be prepared then.
+
+    Returns
+    -------
+    The store (complete once all ranks are done).
+
+    Raises
+    ------
+    UserError
+        As :func:`prepare_store`; also if an activation is NaN, Inf or too large for the dtype, the disk is full, or no
+        image (``strict``: not every image) could be read.
+    """
+    options = options or CaptureOptions()
+    progress = progress or Silent()
+    store = prepare_store(classifier, source, layers, out, options=options, info=info, progress=progress)
+    pending = [c for c in store.pending if c % world == rank]
+    if pending:
+        _capture_chunks(store, classifier, source, pending, options, progress)
+    if not store.pending and len(store.valid) == 0:
+        reason = next(iter(store.problems.values()), "no reason known")
+        raise UserError(f"none of the {len(source)} images of {source.description} could be read; the first: {reason}")
+    return store
+
+
+def _probe(classifier: Classifier, layers: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shapes (C,) or (C, H, W) of the layers and the number of classes, from one blank image."""
+    from netgloss.classifiers import Taps
+
+    blank = torch.zeros(1, *classifier.input_shape, device=classifier.device)
+    with torch.inference_mode(), Taps(classifier.net, layers, stop=False) as taps:
+        outputs = taps(blank)
+        num_classes = int(taps.logits.shape[1])
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in layers:
+        shape = tuple(outputs[name].shape[1:])
+        if len(shape) not in (1, 3):
+            raise UserError(
+                f"layer {name!r} gives {tuple(outputs[name].shape)}, neither vectors (B, C) nor maps (B, C, H, W)"
+            )
+        shapes[name] = shape
+    return shapes, num_classes
+
+
+def _capture_chunks(
+    store: Store,
+    classifier: Classifier,
+    source: ImageSource,
+    pending: Sequence[int],
+    options: CaptureOptions,
+    progress: Progress,
+) -> None:
+    from netgloss.classifiers import Taps
+
+    total = len(store)
+    todo = sum(len(range(total)[store.chunk_slice(c)]) for c in pending)
+    progress.start("capture", total, unit="images", done=total - todo)
+    loader = _chunk_batches(store, classifier, source, pending, options)
+    skipped = 0
+    last: Future[None] | None = None
+    with (
+        torch.inference_mode(),
+        Taps(classifier.net, store.layers, stop=not options.logits) as taps,
+        ThreadPoolExecutor(max_workers=1) as writer,
+    ):
+        for chunk in pending:
+            buffer = _ChunkBuffer(store, chunk, options)
+            while not buffer.full:
+                pixels, reasons = next(loader)
+                skipped += sum(r != "" for r in reasons)
+                if options.strict and any(reasons):
+                    raise UserError(next(r for r in reasons if r))
+                batch = pixels.to(classifier.device, memory_format=torch.channels_last, non_blocking=True)
+                buffer.add(taps(batch), taps.logits if options.logits else None, reasons)
+                progress.advance(len(reasons), note=f"{skipped} skipped" if skipped else "")
+            if last is not None:
+                last.result()
+            last = writer.submit(buffer.write)
+        if last is not None:
+            last.result()
+    progress.finish()
+
+
+class _ChunkBuffer:
+    """The arrays of one chunk, filled batch by batch."""
+
+    def __init__(self, store: Store, chunk: int, options: CaptureOptions) -> None:
+        self.store, self.chunk, self.options = store, chunk, options
+        self.first = store.chunk_slice(chunk).start
+        self.size = store.chunk_slice(chunk).stop - self.first
+        self.filled = 0
+        dtype = getattr(torch, options.dtype)
+        self.activations = {
+            name: torch.zeros(self.size, *stored_shape(shape, options.positions), dtype=dtype)
+            for name, shape in store.shapes.items()
+        }
+        self.positions: dict[str, np.ndarray] = {}
+        for name, shape in store.shapes.items():
+            if store.is_subsampled(name):
+                assert options.positions is not None
+                ids = store.ids[self.first : self.first + self.size]
+                cells = shape[1] * shape[2]
+                picks = [sample_positions(i, cells, options.positions, seed=options.seed) for i in ids]
+                self.positions[name] = np.stack(picks).astype(np.int32)
+        self.logits: Tensor | None = None
+        self.reasons: list[str] = []
+
+    @property
+    def full(self) -> bool:
+        return self.filled == self.size
+
+    def add(self, outputs: dict[str, Tensor], logits: Tensor | None, reasons: Sequence[str]) -> None:
+        """Takes a batch; slots of unreadable images become zero."""
+        where = slice(self.filled, self.filled + len(reasons))
+        unreadable = torch.tensor([r != "" for r in reasons])
+        for name, values in outputs.items():
+            if name in self.positions:
+                picks = torch.from_numpy(self.positions[name][where]).long().to(values.device)
+                rows_BCN = values.flatten(2)
+                values = rows_BCN.gather(2, picks[:, None, :].expand(-1, rows_BCN.shape[1], -1)).transpose(1, 2)
+            target = self.activations[name][where]
+            target.copy_(values)
+            target[unreadable] = 0
+            if not torch.isfinite(target).all():
+                self._explain_nonfinite(name, values.cpu(), target)
+        if logits is not None:
+            if self.logits is None:
+                self.logits = torch.zeros(self.size, logits.shape[1])
+            self.logits[where] = logits.float().cpu()
+            self.logits[where][unreadable] = 0
+            bad = ~torch.isfinite(self.logits[where]).all(dim=1)
+            if bad.any():
+                image = self.store.ids[self.first + self.filled + int(bad.nonzero()[0])]
+                raise UserError(f"the classifier's logits are NaN or Inf for image {image!r}")
+        self.reasons += reasons
+        self.filled += len(reasons)
+
+    def _explain_nonfinite(self, name: str, values: Tensor, target: Tensor) -> None:
+        row = int((~torch.isfinite(target.flatten(1)).all(dim=1)).nonzero()[0])
+        image = self.store.ids[self.first + self.filled + row]
+        if torch.isfinite(values[row]).all():
+            largest = float(values[row].abs().max())
+            raise UserError(
+                f"layer {name!r} reaches {largest:.4g} at image {image!r}, too large for {self.options.dtype}: "
+                "use --dtype float32"
+            )
+        raise UserError(f"layer {name!r} gives NaN or Inf at image {image!r} (chunk {self.chunk})")
+
+    def write(self) -> None:
+        self.store.write_chunk(
+            self.chunk,
+            activations={name: a.numpy() for name, a in self.activations.items()},
+            positions=self.positions,
+            logits=None if self.logits is None else self.logits.numpy(),
+            problems=self.reasons,
+        )
+
+
+def sample_positions(image_id: str, num_positions: int, count: int, *, seed: int) -> np.ndarray:
+    """``count`` of ``num_positions`` cells without replacement, sorted; depends on the image's id and the seed only."""
+    digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    return np.sort(generator.choice(num_positions, size=count, replace=False))
+
+
+class PreparedImages(Dataset[tuple[Tensor, str]]):
+    """Images of a source, preprocessed; an unreadable one gives a blank and the reason."""
+
+    def __init__(self, source: ImageSource, preprocessing: Any, indices: Sequence[int], blank: Sequence[int]) -> None:
+        self.source, self.preprocessing, self.indices, self.blank = source, preprocessing, indices, tuple(blank)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, str]:
+        try:
+            return self.preprocessing(self.source.image(self.indices[item])), ""
+        except UserError as error:
+            return torch.zeros(self.blank), str(error) or "unreadable"
+
+
+def _stack(items: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+    return torch.stack([image for image, _ in items]), [reason for _, reason in items]
+
+
+class _BatchList:
+    """Batches of positions that never cross a chunk's border."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _chunk_batches(
+    store: Store, classifier: Classifier, source: ImageSource, pending: Sequence[int], options: CaptureOptions
+) -> Iterator[tuple[Tensor, list[str]]]:
+    indices: list[int] = []
+    batches: list[list[int]] = []
+    for chunk in pending:
+        images = range(len(store))[store.chunk_slice(chunk)]
+        for start in range(0, len(images), options.batch_size):
+            part = images[start : start + options.batch_size]
+            batches.append(list(range(len(indices), len(indices) + len(part))))
+            indices.extend(part)
+    return image_batches(classifier, source, indices, batches=batches, workers=options.workers)
+
+
+def image_batches(
+    classifier: Classifier,
+    source: ImageSource,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 32,
+    batches: list[list[int]] | None = None,
+    workers: int | None = None,
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Preprocessed images (B, channels, height, width) with the reason of each unreadable one, in order."""
+    dataset = PreparedImages(source, classifier.preprocessing, indices, classifier.input_shape)
+    if batches is None:
+        everything = list(range(len(indices)))
+        batches = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 1) - 1) if source.decodes and len(indices) > 256 else 0
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_BatchList(batches),
+        num_workers=workers,
+        collate_fn=_stack,
+        pin_memory=classifier.device.type == "cuda",
+        persistent_workers=False,
+    )
+    return iter(loader)

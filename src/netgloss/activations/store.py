@@ -1,0 +1,373 @@
+"""The activation store: one zarr v3 group on disk, readable without netgloss.
+
+Layout (N images, chunked along images, one chunk grid for all arrays)::
+
+    activations/<layer>  (N, C), (N, C, H, W) or, sub-sampled, (N, P, C)    float16 by default
+    positions/<layer>    (N, P) int32: row-major cells y*W + x of the sub-sample     (only then)
+    logits               (N, classes) float32                                       (unless captured without)
+    targets              (N,) int64: class of the source's class_names, -1 unknown
+    ids                  (N,) str: image ids
+    problems             (N,) str: "" or why the image could not be read
+    complete             (chunks,) uint8: 1 once every array of that chunk is on disk
+    minimum              (chunks, layers) float32: smallest activation of the chunk
+
+Every chunk carries a crc32c, and missing float chunks read as NaN, so that damage is found and never read as data. The
+group's attributes hold the :class:`StoreKey`, whose hash is the store's address: opening a store with another key is an
+error that names the field, never a silent reuse. This file and ``netgloss.run`` are the only ones that write files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from netgloss.errors import UserError, nearest
+
+FORMAT_VERSION = 1
+_CHUNK_BYTES = 8 << 20  # aim of one chunk of the largest layer, before compression
+
+
+@dataclass(frozen=True)
+class StoreKey:
+    """What a store's content depends on; two stores with equal keys hold equal numbers."""
+
+    weights_hash: str
+    preprocessing: dict[str, Any]
+    layers: tuple[str, ...]
+    data_fingerprint: str
+    dtype: str = "float16"
+    logits: bool = True
+    positions: int | None = None
+    seed: int = 0
+
+    @property
+    def address(self) -> str:
+        """Hex digest of the key."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StoreKey:
+        return cls(**{**values, "layers": tuple(values["layers"])})
+
+    def differences(self, other: StoreKey) -> list[str]:
+        """One phrase per field in which ``other`` differs."""
+        names = {"weights_hash": "network's weights", "data_fingerprint": "images", "dtype": "dtype"}
+        found = []
+        for f in dataclasses.fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if mine != theirs:
+                brief = [
+                    str(v)[:12] if f.name in ("weights_hash", "data_fingerprint") else str(v) for v in (mine, theirs)
+                ]
+                found.append(f"{names.get(f.name, f.name)}: {brief[0]} in the store, {brief[1]} asked for")
+        return found
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What else a store remembers: enough to load the classifier and the images again."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    created_with: dict[str, str] = field(default_factory=dict)
+
+
+def stored_shape(shape: Sequence[int], positions: int | None) -> tuple[int, ...]:
+    """Per-image shape on disk of a layer of ``shape`` (C,) or (C, H, W)."""
+    if len(shape) == 3 and positions is not None and positions < shape[1] * shape[2]:
+        return (positions, shape[0])
+    return tuple(shape)
+
+
+def estimate_bytes(shapes: Mapping[str, Sequence[int]], num_images: int, *, dtype: str, positions: int | None) -> int:
+    """Bytes before compression."""
+    per_image = sum(int(np.prod(stored_shape(s, positions))) for s in shapes.values())
+    return per_image * num_images * np.dtype(dtype).itemsize
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "permission denied",
+            errno.EPERM: "permission denied",
+            errno.ENOTDIR: "a part of the path is a file, not a folder",
+            errno.EISDIR: "it is a folder",
+            errno.EEXIST: "a file of that name is in the way",
+        }
+        reason = reasons.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write to {path}: {reason}") from error
+
+
+class Store:
+    """An activation store on disk; see the module's text for its layout.
+
+    Attributes
+    ----------
+    path, key, info : where it lies, what it depends on, what it remembers.
+    shapes : per-image shape (C,) or (C, H, W) of each layer, as the network gives it.
+    """
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
+        self._group = group
+        attributes: Any = group.attrs.asdict()
+        if attributes.get("netgloss_store") != FORMAT_VERSION:
+            raise UserError(
+                f"{path} is not an activation store of format {FORMAT_VERSION} "
+                f"(it says {attributes.get('netgloss_store')!r})"
+            )
+        try:
+            self.key = StoreKey.from_dict(attributes["key"])
+            self.info = StoreInfo(**attributes["info"])
+            self.shapes = {name: tuple(int(n) for n in shape) for name, shape in attributes["shapes"].items()}
+            self.chunk_images = int(attributes["chunk_images"])
+            self.ids: list[str] = [str(i) for i in np.asarray(self._array("ids")[:])]
+            self.targets = np.asarray(self._array("targets")[:])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the activation store {path} is damaged: {error}") from error
+
+    # -- making and opening ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        key: StoreKey,
+        info: StoreInfo,
+        shapes: Mapping[str, Sequence[int]],
+        ids: Sequence[str],
+        targets: np.ndarray,
+        num_classes: int,
+    ) -> Store:
+        """A new, empty store; raises UserError if something is in the way or the disk is too small."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not an activation store of netgloss; choose another --out")
+        total = estimate_bytes(shapes, len(ids), dtype=key.dtype, positions=key.positions)
+        with writing_to(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(path.parent).free
+            if total > free:
+                raise UserError(
+                    f"the activations need up to {total / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; "
+                    "sub-sample with --positions, or write elsewhere"
+                )
+            part = path.with_name(path.name + f".part{os.getpid()}")
+            shutil.rmtree(part, ignore_errors=True)
+            group = zarr.open_group(str(part), mode="w", zarr_format=3)
+            chunk = _chunk_images(shapes, key)
+            _create_arrays(
+                group, key=key, shapes=shapes, ids=ids, targets=targets, num_classes=num_classes, chunk=chunk
+            )
+            group.attrs.update(
+                {
+                    "netgloss_store": FORMAT_VERSION,
+                    "address": key.address,
+                    "key": dataclasses.asdict(key),
+                    "info": dataclasses.asdict(info),
+                    "shapes": {name: list(shape) for name, shape in shapes.items()},
+                    "chunk_images": chunk,
+                }
+            )
+            if path.exists():
+                path.rmdir()
+            part.rename(path)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path, *, expect: StoreKey | None = None) -> Store:
+        """An existing store; with ``expect``, an error unless its content is exactly what that key says."""
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"no activation store at {path}")
+        try:
+            group = zarr.open_group(str(path), mode="r+" if os.access(path, os.W_OK) else "r")
+        except Exception as error:  # zarr raises many kinds for foreign or damaged folders
+            raise UserError(f"{path} is not an activation store of netgloss ({type(error).__name__})") from error
+        store = cls(path, group)
+        if expect is not None and store.key != expect:
+            raise UserError(
+                f"the store {path} holds something else: {'; '.join(store.key.differences(expect))}. "
+                "Write to another path, or delete it"
+            )
+        return store
+
+    # -- what it holds --------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.key.layers)
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-len(self) // self.chunk_images)
+
+    def chunk_slice(self, chunk: int) -> slice:
+        """Images of one chunk."""
+        return slice(chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, len(self)))
+
+    @property
+    def pending(self) -> list[int]:
+        """Chunks that are not complete yet."""
+        return [int(c) for c in np.flatnonzero(np.asarray(self._array("complete")[:]) != 1)]
+
+    def require_complete(self) -> None:
+        """UserError if the capture was interrupted."""
+        missing = len(self.pending)
+        if missing:
+            raise UserError(
+                f"the store {self.path} is incomplete ({missing} of {self.num_chunks} chunks missing): "
+                "run the capture command again, it continues where it stopped"
+            )
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Images that could not be read, with the reason."""
+        reasons = np.asarray(self._array("problems")[:])
+        return {self.ids[i]: str(reasons[i]) for i in np.flatnonzero(reasons != "")}
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Indices of the images that were read."""
+        return np.flatnonzero(np.asarray(self._array("problems")[:]) == "")
+
+    def check_layer(self, layer: str) -> str:
+        """``layer`` if it is stored, else a UserError with the nearest names."""
+        if layer not in self.shapes:
+            hint = nearest(layer, self.layers) or self.layers
+            raise UserError(f"the store {self.path} has no layer {layer!r}; it has {', '.join(hint)}")
+        return layer
+
+    def is_nonnegative(self, layer: str) -> bool:
+        """True if no stored activation of the layer is below zero."""
+        column = self.layers.index(self.check_layer(layer))
+        return bool(np.asarray(self._array("minimum")[:])[:, column].min() >= 0)
+
+    def is_subsampled(self, layer: str) -> bool:
+        """True if only some positions of the layer's maps are stored."""
+        return stored_shape(self.shapes[layer], self.key.positions) != self.shapes[layer]
+
+    def read(self, layer: str, images: np.ndarray | slice) -> np.ndarray:
+        """Activations of some images (indices or a slice), in the stored dtype; NaN or a bad checksum is an error."""
+        return self._read(f"activations/{self.check_layer(layer)}", images)
+
+    def read_positions(self, layer: str, images: np.ndarray | slice) -> np.ndarray:
+        """(n, P) cells of a sub-sampled layer."""
+        return self._read(f"positions/{self.check_layer(layer)}", images)
+
+    def read_logits(self, images: np.ndarray | slice) -> np.ndarray | None:
+        """(n, classes), or None if the store was captured without logits."""
+        return self._read("logits", images) if self.key.logits else None
+
+    def _read(self, name: str, images: np.ndarray | slice) -> np.ndarray:
+        array = self._array(name)
+        try:
+            if isinstance(images, slice):
+                values = np.asarray(array[images])
+            else:
+                values = np.asarray(array.oindex[np.asarray(images)])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"the store {self.path} is damaged in {name}: {error}") from error
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise UserError(f"the store {self.path} is damaged in {name}: a chunk is missing or holds NaN")
+        return values
+
+    def _array(self, name: str) -> Any:
+        return self._group[name]
+
+    # -- writing (capture only) -----------------------------------------------------------------------------------
+
+    def write_chunk(
+        self,
+        chunk: int,
+        *,
+        activations: Mapping[str, np.ndarray],
+        positions: Mapping[str, np.ndarray],
+        logits: np.ndarray | None,
+        problems: Sequence[str],
+    ) -> None:
+        """Writes every array of one chunk, then marks it complete. Slots of unreadable images hold zeros."""
+        where = self.chunk_slice(chunk)
+        usable = np.array([p == "" for p in problems])
+        with writing_to(self.path):
+            minimum = np.zeros(len(self.layers), np.float32)
+            for column, layer in enumerate(self.layers):
+                values = activations[layer]
+                self._array(f"activations/{layer}")[where] = values
+                minimum[column] = values[usable].min() if usable.any() else 0
+                if layer in positions:
+                    self._array(f"positions/{layer}")[where] = positions[layer]
+            if logits is not None:
+                self._array("logits")[where] = logits
+            self._array("problems")[where] = np.array(list(problems), dtype=np.dtypes.StringDType())
+            self._array("minimum")[chunk] = minimum
+            self._array("complete")[chunk] = 1
+
+
+def _chunk_images(shapes: Mapping[str, Sequence[int]], key: StoreKey) -> int:
+    largest = max(int(np.prod(stored_shape(s, key.positions))) for s in shapes.values()) * np.dtype(key.dtype).itemsize
+    return int(np.clip(_CHUNK_BYTES // max(largest, 1), 8, 256))
+
+
+def _create_arrays(
+    group: zarr.Group,
+    *,
+    key: StoreKey,
+    shapes: Mapping[str, Sequence[int]],
+    ids: Sequence[str],
+    targets: np.ndarray,
+    num_classes: int,
+    chunk: int,
+) -> None:
+    num = len(ids)
+    chunks = -(-num // chunk)
+
+    def add(name: str, shape: tuple[int, ...], dtype: Any, *, fill: Any, per_chunk: bool = False) -> Any:
+        first = 1 if per_chunk else min(chunk, max(num, 1))
+        packed = [BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec()]
+        return group.create_array(
+            name, shape=shape, dtype=dtype, chunks=(first, *shape[1:]), compressors=packed, fill_value=fill
+        )
+
+    for layer, shape in shapes.items():
+        inner = stored_shape(shape, key.positions)
+        add(f"activations/{layer}", (num, *inner), key.dtype, fill=float("nan"))
+        if inner != tuple(shape):
+            add(f"positions/{layer}", (num, inner[0]), "int32", fill=-1)
+    if key.logits:
+        add("logits", (num, num_classes), "float32", fill=float("nan"))
+    add("complete", (chunks,), "uint8", fill=0, per_chunk=True)
+    add("minimum", (chunks, len(key.layers)), "float32", fill=float("nan"), per_chunk=True)
+    add("targets", (num,), "int64", fill=-1)[:] = targets
+    for name in ("ids", "problems"):
+        array = group.create_array(name, shape=(num,), dtype=str, chunks=(min(chunk, max(num, 1)),))
+        if name == "ids":
+            array[:] = np.array(list(ids), dtype=np.dtypes.StringDType())
