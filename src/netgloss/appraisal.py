@@ -1,0 +1,249 @@
+"""A fitted run judged: scores with baselines and controls, and the gloss that the report shows."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from netgloss.activations import CaptureOptions, Store, capture, image_batches
+from netgloss.errors import UserError
+from netgloss.evaluation import (
+    Layer,
+    class_labels,
+    dictionary_scores,
+    explainer_subject,
+    image_scores,
+    make_controls,
+    mean_subject,
+    measure,
+    per_concept_stability,
+    shuffled_subject,
+)
+from netgloss.explainers.base import find_explainer
+from netgloss.gloss import GlossOptions, make_gloss
+from netgloss.progress import Progress, Silent
+from netgloss.run import Run
+from netgloss.training import ActivationStream, build_explainer, fit, make_fabric
+
+if TYPE_CHECKING:
+    from netgloss.classifiers import Classifier, Tail
+    from netgloss.data import ImageSource
+    from netgloss.metrics import ImageMetric
+
+_FIT_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to judge an explainer with."""
+
+    untrained_images: int = 256
+    """Images for the untrained-network control (half to fit, half to judge); 0 leaves the control out."""
+    max_images: int | None = None
+    """Judge on at most this many held-out images."""
+
+
+def split_store(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Readable images of a store as (fit, held-out).
+
+    As given, if the images were joined from two sources; else four fifths of each class, by the hash of the id, fit.
+    """
+    from netgloss.data import split_ids
+
+    valid = store.valid
+    num_fit = store.info.images.get("num_fit")
+    if num_fit is not None:
+        return valid[valid < num_fit], valid[valid >= num_fit]
+    fit_part, held = split_ids([store.ids[i] for i in valid], store.targets[valid], fraction=_FIT_SHARE)
+    return valid[fit_part], valid[held]
+
+
+@contextmanager
+def _timed(run: Run, name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    run.add_time(name, time.perf_counter() - start)
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    store: Store | None = None,
+    source: ImageSource | None = None,
+    classifier: Classifier | None = None,
+    options: EvaluationOptions | None = None,
+    gloss: GlossOptions | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Scores a fitted run on its held-out images, with baselines, and writes what the report shows.
+
+    ``source`` is needed for thumbnails, for the untrained-network control and for layers inside a block; without it
+    these are left out and the report says so.
+    """
+
+    progress = progress or Silent()
+    options = options or EvaluationOptions()
+    store = store or Store.open(run.manifest["store"])
+    if store.key.address != run.manifest["store_address"]:
+        raise UserError(f"the store {store.path} is not the one that the run {run.path} was fitted on")
+    store.require_complete()
+    if store.is_subsampled(run.layer):
+        raise UserError(f"layer {run.layer!r} was captured with --positions; evaluation needs whole maps")
+    classifier = classifier or run.classifier()
+    if classifier.weights_hash != store.key.weights_hash:
+        raise UserError(f"the classifier {classifier.name!r} is not the one whose activations {store.path} holds")
+    if source is not None and source.fingerprint != store.key.data_fingerprint:
+        raise UserError(f"{source.description} are not the images whose activations {store.path} holds")
+    if device is not None:
+        classifier = classifier.to(pick_device(device))
+    fit_images, heldout = split_store(store)
+    warnings = list(dict.fromkeys(note for e in run.explainers() for note in getattr(e, "notes", [])))
+    judged = heldout
+    if len(judged) == 0:
+        judged = fit_images
+        warnings.append("too few images to hold any out: the scores are measured on the images of the fit")
+    if options.max_images is not None and len(judged) > options.max_images:
+        judged = np.sort(np.random.default_rng(0).choice(judged, size=options.max_images, replace=False))
+    explainers = [e.to(classifier.device) for e in run.explainers()]
+    pooled = explainers[0].reads == "pooled"
+    stream = ActivationStream(store, run.layer, fit_images, reads="pooled" if pooled else "rows")
+    tail = make_tail(classifier, run.layer, source)
+    layer = Layer(store, run.layer, tail, classifier, source, pooled)
+    affine = tail.mode == "graph" and tail.is_affine(store.shapes[run.layer])
+    if store.info.class_names and (layer.labels < 0).all():
+        warnings.append("the images' class names are not among the classifier's: accuracies are left out")
+    if tail.mode != "graph":
+        warnings.append(f"logits are computed by replaced forwards: {tail.reason}")
+    with _timed(run, "evaluate"):
+        mean, variance = moments(stream)
+        controls = make_controls(stream, explainers[0].spec, num_concepts=explainers[0].num_concepts, seeds=run.seeds)
+        subjects = {
+            f"seed {s}": explainer_subject(e, contributions=pooled) for s, e in zip(run.seeds, explainers, strict=True)
+        }
+        for name, found in controls.items():
+            for i, control in enumerate(found):
+                subjects[f"{name} {i}"] = explainer_subject(control.to(classifier.device), contributions=pooled)
+        if explainers[0].target == "activation":
+            subjects["shuffled_codes"] = shuffled_subject(explainers[0], layer, judged, seed=run.seeds[0])
+            subjects["mean_activation"] = mean_subject(mean)
+        measured = measure(subjects, layer, judged, progress=progress)
+        baselines: dict[str, Sequence[dict[str, ImageMetric]]] = {
+            name: [measured[f"{name} {i}"] for i in range(len(found))] for name, found in controls.items()
+        }
+        baselines |= {name: [measured[name]] for name in ("shuffled_codes", "mean_activation") if name in measured}
+        if options.untrained_images and source is not None:
+            untrained = _untrained_control(run, classifier, source, options.untrained_images, progress)
+            if untrained is not None:
+                baselines["untrained_network"] = [untrained]
+        scores = image_scores([measured[f"seed {s}"] for s in run.seeds], baselines)
+        scores += dictionary_scores(explainers, controls, scale=variance.sqrt())
+        run.write_scores(scores)
+    with _timed(run, "gloss"):
+        content, thumbnails = make_gloss(
+            explainers[0],
+            layer,
+            fit_images=fit_images,
+            heldout_images=heldout,
+            stability=per_concept_stability(explainers, layer, judged),
+            affine=affine,
+            options=gloss,
+            progress=progress,
+        )
+        if source is not None:
+            _write_thumbnails(run, classifier, source, thumbnails)
+        else:
+            warnings.append("the report has no pictures: the images were not given to evaluate")
+        run.write_concepts(content)
+    run.update(
+        status="evaluated",
+        tail={"mode": tail.mode, "affine": affine, "reason": tail.reason},
+        warnings=warnings,
+        num_judged=len(judged),
+    )
+    return run
+
+
+def moments(stream: ActivationStream) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance (C,) of the layer's features over the fit rows, float64."""
+    first = torch.zeros(stream.num_features, dtype=torch.float64)
+    second = torch.zeros_like(first)
+    for rows in stream.chunks():
+        first += rows.sum(dim=0, dtype=torch.float64)
+        second += rows.square().sum(dim=0, dtype=torch.float64)
+    mean = first / stream.num_rows
+    return mean, (second / stream.num_rows - mean**2).clamp_min(0)
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device of a flag: "auto" takes CUDA, then MPS, then the CPU."""
+    return make_fabric(device).device
+
+
+def make_tail(classifier: Classifier, layer: str, source: ImageSource | None) -> Tail:
+    from netgloss.classifiers import Tail
+
+    if source is not None:
+        example = next(image_batches(classifier, source, range(min(2, len(source))), workers=0))[0]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(2, *classifier.input_shape, generator=generator)
+    return Tail(classifier, layer, example=example.to(classifier.device))
+
+
+def _untrained_control(
+    run: Run, classifier: Classifier, source: ImageSource, count: int, progress: Progress
+) -> dict[str, ImageMetric] | None:
+    """The same method on the same architecture with random weights, its activations in a temporary store."""
+    cls = find_explainer(run.method)
+    config = run.explainer.config
+    picks = np.sort(np.random.default_rng(0).choice(len(source), size=min(count, len(source)), replace=False))
+    if len(picks) < 4:
+        return None
+    control = classifier.untrained(seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            store = capture(
+                control,
+                source.subset(picks),
+                [run.layer],
+                Path(folder) / "untrained",
+                options=CaptureOptions(dtype="float32"),
+                progress=progress,
+            )
+            valid = store.valid
+            fit_images, judged = valid[::2], valid[1::2]
+            labels = class_labels(store, classifier.class_names, classifier.wnids)
+            stream = ActivationStream(store, run.layer, fit_images, reads=cls.reads, labels=labels)
+            spec = stream.spec(num_classes=len(classifier.class_names), image=classifier.input_shape)
+            explainer = fit(build_explainer(cls, config, spec, seed=0), stream, seed=0, progress=progress)
+        except UserError as error:
+            progress.say(f"untrained-network control left out: {error}")
+            return None
+        tail = make_tail(control, run.layer, source)
+        layer = Layer(store, run.layer, tail, control, source.subset(picks), cls.reads == "pooled")
+        subject = explainer_subject(explainer.to(control.device))
+        measured = measure({"untrained": subject}, layer, judged, progress=progress)
+    # a network that was never trained predicts nearly one class: scores of its logits would look perfect
+    return {name: metric for name, metric in measured["untrained"].items() if "logits" not in metric.inputs}
+
+
+def _write_thumbnails(
+    run: Run, classifier: Classifier, source: ImageSource, names: dict[str, int], side: int = 144
+) -> None:
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    for name, index in names.items():
+        pixels = classifier.preprocessing.pixels(source.image(index))
+        picture = to_pil_image(pixels.clamp(0, 1)).convert("RGB")
+        scale = side / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        run.write_image(name, picture.resize(size, 3 if scale < 1 else 0))

@@ -1,0 +1,3 @@
+from netgloss.cli import main
+
+main()

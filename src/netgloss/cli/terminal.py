@@ -1,0 +1,93 @@
+"""What the command line shows: progress bars on stderr, tables and notes on stdout."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from typing import Any
+
+
+def command_line() -> str:
+    return shlex.join(["netgloss", *sys.argv[1:]])
+
+
+def is_main_process() -> bool:
+    """False in the processes that Fabric or torchrun started beside the first one."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def print_problems(problems: dict[str, str], limit: int = 5) -> None:
+    if problems:
+        out = console()
+        out.print(f"{len(problems)} image(s) could not be read and were skipped:", style="yellow")
+        for reason in list(problems.values())[:limit]:
+            out.print(f"  {reason}", markup=False)
+
+
+def print_scores(run: Any) -> None:
+    from rich.table import Table
+
+    table = Table("metric", "value", "95 % interval", "baselines", box=None)
+    for s in run.scores:
+        low, high = ("-" if v is None else f"{v:.3f}" for v in (s.low, s.high))
+        arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}[s.higher_is_better]
+        beside = ", ".join(
+            f"{name.replace('_', ' ')} {value:.3f}" for name, value in s.baselines.items() if value is not None
+        )
+        table.add_row(s.metric + arrow, f"{s.value:.3f}", f"{low} .. {high}", beside)
+    out = console()
+    out.print(table)
+    for warning in run.manifest.get("warnings", []):
+        out.print(f"note: {warning}", style="yellow", markup=False)
+
+
+class Bars:
+    """Progress bars on stderr: images/s (or steps/s), time left, and a note."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+        self._unit = ""
+        self._began = 0.0
+        self._count = 0
+
+    def __enter__(self) -> Bars:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._progress.__exit__(*details)
+
+    def start(self, task: str, total: int, *, unit: str, done: int = 0) -> None:
+        self._task = self._progress.add_task(task, total=total, completed=done, rate="", note="")
+        self._unit, self._began, self._count = unit, time.monotonic(), 0
+
+    def advance(self, amount: int = 1, *, note: str = "") -> None:
+        self._count += amount
+        rate = self._count / max(time.monotonic() - self._began, 1e-9)
+        self._progress.update(self._task, advance=amount, rate=f"{rate:,.1f} {self._unit}/s", note=note)
+
+    def finish(self) -> None:
+        self._task = None
+
+    def say(self, message: str) -> None:
+        self._progress.console.print(message, markup=False, highlight=False)

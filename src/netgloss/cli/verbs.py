@@ -1,0 +1,314 @@
+"""The verbs: each a dataclass whose fields are its flags, and ``run``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from netgloss.cli.terminal import Bars, command_line, console, is_main_process, print_problems, print_scores
+from netgloss.errors import UserError
+
+if TYPE_CHECKING:
+    from netgloss.activations import CaptureOptions
+    from netgloss.classifiers import Classifier
+
+
+@dataclass
+class Model:
+    """Which classifier to explain."""
+
+    model: str
+    """timm:NAME, torchvision:NAME, path/to/file.py:factory, or critters (the network that ships with netgloss)."""
+    checkpoint: Path | None = None
+    """Weights: a .safetensors file or a PyTorch state dict (pickles with code are refused)."""
+    random_weights: bool = False
+    """Use random weights instead of the published pretrained ones (which are downloaded if there is no checkpoint)."""
+    class_names: Path | None = None
+    """Text file with one class name a line."""
+    num_classes: int | None = None
+    """Number of classes, where the architecture takes one and the checkpoint has another than its default."""
+    input_size: int | None = None
+    """Side of the network's input in pixels, where the model does not say it."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel in [0, 1] that the input is normalised by."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel."""
+
+    def load(self) -> Classifier:
+        from netgloss.classifiers import load_classifier
+
+        return load_classifier(
+            self.model,
+            checkpoint=self.checkpoint,
+            random_weights=self.random_weights,
+            class_names=self.class_names,
+            num_classes=self.num_classes,
+            input_size=self.input_size,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+FLAT = tyro.conf.arg(name="")  # its fields are flags without a prefix
+
+
+@dataclass
+class Layers:
+    """List every layer of a classifier with output shape, parameters, stride and theoretical receptive field."""
+
+    model: Annotated[Model, FLAT]
+    match: str = ""
+    """Only layers whose name contains this."""
+
+    def run(self) -> None:
+        from rich.table import Table
+
+        from netgloss.classifiers import list_layers
+
+        classifier = self.model.load()
+        table = Table("layer", "type", "output", "parameters", "stride", "receptive field", box=None)
+        for layer in list_layers(classifier):
+            if self.match in layer.name:
+                shape = " x ".join(map(str, layer.shape)) if layer.shape else "-"
+                sees = "whole image" if layer.receptive_field is None else f"{layer.receptive_field} px"
+                stride = "-" if layer.stride is None else str(layer.stride)
+                cells = [layer.name, layer.type, shape, f"{layer.params:,}", stride, sees if layer.readable else "-"]
+                table.add_row(*cells, style=None if layer.readable else "dim")
+        out = console()
+        out.print(f"{classifier.name}, input {' x '.join(map(str, classifier.input_shape))}")
+        out.print(table)
+        out.print("Dim layers give no vector (B, C) or map (B, C, H, W) and cannot be explained.", style="dim")
+
+
+@dataclass
+class Capture:
+    """Write the activations of one or several layers for all images into a store on disk."""
+
+    model: Annotated[Model, FLAT]
+    layer: tuple[str, ...]
+    """Layers to capture, all in one pass."""
+    images: str
+    """Image folder (sub-folders are classes), image file, file.npz[:train|:test], timm:DATASET, critters[:N]."""
+    out: Path
+    """Folder of the store."""
+    eval_images: str | None = None
+    """Images to judge on, of the same kinds; default: a fifth of --images, held out from the fit."""
+    device: Device = "auto"
+
+    def run(self, options: CaptureOptions) -> None:
+        from netgloss.activations import capture
+        from netgloss.appraisal import pick_device
+        from netgloss.pipeline import open_sources, store_info
+
+        classifier = self.model.load().to(pick_device(self.device))
+        source = open_sources(self.images, self.eval_images)
+        with Bars() as bars:
+            store = capture(
+                classifier,
+                source,
+                self.layer,
+                self.out,
+                options=options,
+                info=store_info(classifier, source),
+                progress=bars,
+            )
+        print_problems(store.problems)
+        console().print(f"{len(store.valid)} images in {self.out}")
+
+
+@dataclass
+class Fit:
+    """Fit a method on the activations of a store."""
+
+    store: Path
+    """Store that `netgloss capture` wrote."""
+    out: Path
+    """Run folder."""
+    layer: str | None = None
+    """Layer of the store; may be left out if it holds one."""
+    seeds: int = 3
+    """Number of fits, with seeds 0, 1, ..."""
+    device: Device = "auto"
+    precision: str = "32-true"
+    """Precision of the training steps, as Fabric names them (32-true, bf16-mixed, ...)."""
+
+    def run(self, method: str, config: Any) -> None:
+        from netgloss.activations import Store
+        from netgloss.pipeline import fit_run
+        from netgloss.training import make_fabric
+
+        store = Store.open(self.store)
+        if self.layer is None and len(store.layers) > 1:
+            raise UserError(f"{self.store} holds {', '.join(store.layers)}: say which by --layer")
+        with Bars() as bars:
+            run = fit_run(
+                method,
+                store,
+                self.layer or store.layers[0],
+                self.out,
+                config=config,
+                seeds=self.seeds,
+                fabric=make_fabric(self.device, precision=self.precision),
+                command=command_line(),
+                progress=bars,
+            )
+        console().print(f"fitted; next: netgloss evaluate {run.path} --images ...")
+
+
+@dataclass
+class Evaluate:
+    """Score a fitted run on held-out images, with baselines and controls, and gather what the report shows."""
+
+    run_folder: tyro.conf.Positional[Path]
+    images: str | None = None
+    """The images of the store again: for pictures, the untrained-network control and layers inside a block."""
+    eval_images: str | None = None
+    """Those of --eval-images again, if the store was captured with it."""
+    untrained_images: int = 256
+    """Images for the untrained-network control; 0 leaves it out."""
+    max_images: int | None = None
+    """Judge on at most this many held-out images."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        from netgloss.appraisal import EvaluationOptions, evaluate_run
+        from netgloss.pipeline import open_sources
+        from netgloss.run import Run
+
+        source = open_sources(self.images, self.eval_images) if self.images else None
+        with Bars() as bars:
+            run = evaluate_run(
+                Run(self.run_folder),
+                source=source,
+                options=EvaluationOptions(untrained_images=self.untrained_images, max_images=self.max_images),
+                device=self.device,
+                progress=bars,
+            )
+        print_scores(run)
+
+
+@dataclass
+class Report:
+    """Render a run folder's report.html again."""
+
+    run_folder: tyro.conf.Positional[Path]
+
+    def run(self) -> None:
+        from netgloss.run import Run
+
+        console().print(str(Run(self.run_folder).write_report()))
+
+
+@dataclass
+class Explain:
+    """Explain one layer of a classifier: capture, fit, evaluate and report in one go."""
+
+    model: Annotated[Model, FLAT]
+    layer: str
+    """Layer to explain (see netgloss layers)."""
+    images: str
+    """Image folder (sub-folders are classes), image file, file.npz[:train|:test], timm:DATASET, critters[:N]."""
+    out: Path
+    """Run folder; an interrupted run with the same settings continues."""
+    eval_images: str | None = None
+    """Images to judge on, of the same kinds; default: a fifth of --images, held out from the fit."""
+    seeds: int = 3
+    """Number of fits, with seeds 0, 1, ...; several show how far the concepts depend on chance."""
+    store: Path | None = None
+    """Where the activations go; default: inside the run folder."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Number format of the activations on disk."""
+    workers: int | None = None
+    """Processes that decode images ahead."""
+    strict: bool = False
+    """Make an unreadable image an error instead of skipping and listing it."""
+    untrained_images: int = 256
+    """Images for the untrained-network control; 0 leaves it out."""
+    device: Device = "auto"
+    devices: int = 1
+    """Processes (GPUs, or CPU processes with --device cpu) that share the capture and the training steps."""
+    precision: str = "32-true"
+    """Precision of the training steps, as Fabric names them."""
+
+    def run(self, method: str, config: Any) -> None:
+        from netgloss.activations import CaptureOptions
+        from netgloss.appraisal import EvaluationOptions
+        from netgloss.pipeline import explain
+
+        with Bars() as bars:
+            run = explain(
+                method,
+                self.model.load(),
+                self.layer,
+                self.images,
+                out=self.out,
+                eval_images=self.eval_images,
+                config=config,
+                seeds=self.seeds,
+                device=self.device,
+                devices=self.devices,
+                precision=self.precision,
+                store=self.store,
+                capture_options=CaptureOptions(dtype=self.dtype, workers=self.workers, strict=self.strict),
+                evaluation=EvaluationOptions(untrained_images=self.untrained_images),
+                command=command_line(),
+                progress=bars,
+            )
+        if is_main_process():
+            print_scores(run)
+            console().print(f"report: {run.path / 'report.html'}")
+
+
+@dataclass
+class Show:
+    """Explain new images with a saved run: a figure and a JSON file for each."""
+
+    run_folder: tyro.conf.Positional[Path]
+    images: tyro.conf.Positional[str]
+    """An image, or anything that --images takes elsewhere."""
+    out: Path
+    """Folder for the figures."""
+    top: int = 5
+    """Concepts shown."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        from netgloss.pipeline import show
+        from netgloss.run import Run
+
+        for path in show(Run(self.run_folder), self.images, out=self.out, top=self.top, device=self.device):
+            console().print(str(path))
+
+
+@dataclass
+class Demo:
+    """Explain the network that ships with netgloss on procedural pictures: no download, about a minute."""
+
+    out: Path = Path("demo")
+    """Run folder."""
+    images: int = 400
+    """Critters to draw."""
+
+    def run(self) -> None:
+        from netgloss.pipeline import demo
+
+        with Bars() as bars:
+            run = demo(self.out, num_images=self.images, command=command_line(), progress=bars)
+        print_scores(run)
+        console().print(f"open {run.path / 'report.html'} in a browser")
+
+
+VERBS: dict[str, type] = {
+    "layers": Layers,
+    "explain": Explain,
+    "show": Show,
+    "capture": Capture,
+    "fit": Fit,
+    "evaluate": Evaluate,
+    "report": Report,
+    "demo": Demo,
+}

@@ -1,0 +1,220 @@
+"""Concept maps over photographs: the overlay itself, a concept's gallery, one image's explanation.
+
+Shape letters: H, W pixels of an image; h, w cells of a concept map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from netgloss.errors import UserError
+from netgloss.figures.style import AGAINST, HEAT, INK, VALUE, bare, brief, new_figure, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+
+
+def overlay_map(
+    image: Array, concept_map: Array, *, low: float | None = None, high: float | None = None, alpha: float = 0.75
+) -> npt.NDArray[np.float32]:
+    """A concept map as translucent heat over an image.
+
+    The map is upsampled bilinearly (cell centres, edges held). Where ``low >= 0`` the strength is
+    ``v = clip((map - low) / (high - low), 0, 1)`` and the pixel ``(1 - alpha v) image + alpha v viridis(v)``: nothing
+    is painted where the concept is absent. Where ``low < 0`` it is ``s = clip(map / max(|low|, |high|), -1, 1)``, the
+    colour ``viridis((1 + s) / 2)`` and the weight ``alpha |s|``: zero is bare, negative is dark, positive is bright.
+
+    Parameters
+    ----------
+    image : (H, W, 3) or (H, W), uint8 or float in [0, 1].
+    concept_map : (h, w).
+    low, high : the values at the ends of the scale; default the smaller of 0 and the map's minimum, and its maximum.
+    alpha : weight of the colour at full strength.
+
+    Returns
+    -------
+    (H, W, 3) float32 in [0, 1].
+    """
+    from matplotlib import colormaps
+
+    rgb = _rgb(image)
+    grid = np.asarray(concept_map, dtype=np.float32)
+    if grid.ndim != 2:
+        raise UserError(f"a concept map has shape (h, w), got {grid.shape}")
+    low = min(0.0, float(grid.min())) if low is None else low
+    high = float(grid.max()) if high is None else high
+    height, width = rgb.shape[:2]
+    values = _upsample(grid, height, width)
+    if low < 0:
+        strength = np.clip(values / max(abs(low), abs(high)), -1, 1)
+        position, weight = (1 + strength) / 2, np.abs(strength)
+    else:
+        position = np.clip((values - low) / (high - low if high > low else 1.0), 0, 1)
+        weight = position
+    colour = colormaps[HEAT](position)[..., :3]
+    blend = alpha * weight[..., None]
+    return np.asarray((1 - blend) * rgb + blend * colour, dtype=np.float32)
+
+
+def concept_gallery(
+    images: Sequence[Array],
+    maps: Sequence[Array | None],
+    values: Sequence[float],
+    title: str,
+    *,
+    threshold: float | None = None,
+    captions: Sequence[str] = (),
+    columns: int = 3,
+) -> Figure:
+    """The strongest images of one concept, each with heat and contour; one axes an image.
+
+    Parameters
+    ----------
+    images : (H, W, 3) each. maps : (h, w) each, or None (vector layers). values : the concept's strength in each image.
+    threshold : value at which the contour is drawn; default half of the strongest value. All maps share one scale.
+    captions : a line under each image instead of its value.
+    """
+    if not len(images) == len(maps) == len(values) or not images:
+        raise UserError(f"expected as many images as maps and values, got {len(images)}, {len(maps)}, {len(values)}")
+    rows = math.ceil(len(images) / columns)
+    low, high = _scale(maps)
+    figure = new_figure(1.9 * columns, 2.15 * rows + 0.4)
+    figure.suptitle(brief(title, 20 * columns), color=INK, fontsize=11, parse_math=False)
+    for i, (image, concept_map) in enumerate(zip(images, maps, strict=True)):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        _show(axes, image, concept_map, low=low, high=high, threshold=high / 2 if threshold is None else threshold)
+        caption = captions[i] if i < len(captions) else number(values[i])
+        axes.set_title(brief(caption, 28), fontsize=8, color=INK, parse_math=False)
+    return figure
+
+
+def image_explanation(
+    image: Array,
+    maps: Sequence[Array | None],
+    contributions: Sequence[float],
+    names: Sequence[str],
+    prediction: str,
+    *,
+    probability: float | None = None,
+    logit: float | None = None,
+    rebuilt: float | None = None,
+    base: float = 0.0,
+    gap: float | None = None,
+    thresholds: Sequence[float | None] = (),
+) -> Figure:
+    """Why one image got its prediction: the image, its top concepts with maps, and what each adds to the logit.
+
+    The axes are: the image, one for each map that is not None, and the bars. Where ``logit`` is given, the bars add up
+    to it, ``logit = base + concepts + gap``: what the shown concepts leave over is drawn as "other concepts".
+
+    Parameters
+    ----------
+    image : (H, W, 3). maps : K times (h, w) or None. contributions, names : K each, strongest first.
+    probability : of the prediction, for the title.
+    logit : the network's own logit of the prediction; rebuilt : the logit from the decoded concepts; base : what
+    remains without any concept; gap : what base and all concepts miss of ``logit`` (default ``logit - rebuilt``,
+    which is the same where contributions are exact).
+    """
+    if not len(maps) == len(contributions) == len(names):
+        raise UserError(
+            f"expected as many maps as contributions and names, got {len(maps)}, {len(contributions)}, {len(names)}"
+        )
+    panels = [k for k, concept_map in enumerate(maps) if concept_map is not None]
+    columns = max(2, min(6, 1 + len(panels)))
+    rows = math.ceil((1 + len(panels)) / columns)
+    bars = [(brief(name, 32), float(value)) for name, value in zip(names, contributions, strict=True)]
+    if gap is None:
+        gap = 0.0 if logit is None or rebuilt is None else logit - rebuilt
+    if logit is not None:
+        rest = logit - base - gap - sum(contributions)
+        bars += [("other concepts", rest)] if abs(rest) > 1e-6 * (1 + abs(logit)) else []
+        bars += [("base", base), ("gap", gap)]
+
+    figure = new_figure(1.9 * columns, 2.15 * rows + 0.24 * len(bars) + 1.1)
+    sure = "" if probability is None else f"  {100 * probability:.0f} %"
+    figure.suptitle(brief(prediction, 22 * columns) + sure, color=INK, fontsize=11, parse_math=False)
+    layout = figure.add_gridspec(rows + 1, columns, height_ratios=[2.15] * rows + [0.24 * len(bars) + 0.6])
+    axes = figure.add_subplot(layout[0, 0])
+    _show(axes, image, None)
+    axes.set_title("image", fontsize=8, color=INK)
+    for place, k in enumerate(panels, start=1):
+        concept_map = np.asarray(maps[k])
+        low, high = _scale([concept_map])
+        threshold = thresholds[k] if k < len(thresholds) else high / 2
+        axes = figure.add_subplot(layout[place // columns, place % columns])
+        _show(axes, image, concept_map, low=low, high=high, threshold=threshold)
+        axes.set_title(
+            f"{brief(names[k], 18)}  {number(contributions[k], signed=True)}", fontsize=8, color=INK, parse_math=False
+        )
+    axes = bare(figure.add_subplot(layout[rows, :]))
+    values = [value for _, value in bars]
+    axes.barh(range(len(bars)), values, color=[VALUE if v >= 0 else AGAINST for v in values], height=0.7)
+    axes.set_yticks(range(len(bars)), labels=[name for name, _ in bars], parse_math=False)
+    for i, value in enumerate(values):
+        text = f" {number(value, signed=True)} "
+        axes.text(max(value, 0), i, text, va="center", fontsize=8, color=INK)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.axvline(0, color=INK, linewidth=0.8)
+    told = "added to the logit"
+    if logit is not None:
+        told += f": base {number(base)} + concepts + gap {number(gap)} = {number(logit)}"
+    if rebuilt is not None:
+        told += f"\nthe concepts alone rebuild a logit of {number(rebuilt)}"
+    axes.set_xlabel(told, fontsize=8, color=INK)
+    return figure
+
+
+def _rgb(image: Array) -> npt.NDArray[np.float32]:
+    """(H, W, 3) float32 in [0, 1] of a grey or colour image, uint8 or float."""
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(f"an image has shape (H, W, 3) or (H, W), got {array.shape}")
+    scale = np.float32(255 if array.dtype == np.uint8 else 1)
+    return np.asarray(np.clip(array / scale, 0, 1), dtype=np.float32)
+
+
+def _upsample(grid: Array, height: int, width: int) -> Array:
+    """(h, w) float32 -> (height, width): bilinear between cell centres, edges held."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _scale(maps: Sequence[Array | None]) -> tuple[float, float]:
+    """One scale for several maps: from zero (or below, if signed) to the largest value."""
+    present = [np.asarray(m) for m in maps if m is not None]
+    if not present:
+        return 0.0, 1.0
+    return min(0.0, *(float(m.min()) for m in present)), max(float(m.max()) for m in present)
+
+
+def _show(
+    axes: Axes,
+    image: Array,
+    concept_map: Array | None,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    threshold: float | None = None,
+) -> None:
+    """Draw an image, with heat and contour where there is a map."""
+    axes.set_axis_off()
+    if concept_map is None:
+        axes.imshow(_rgb(image))
+        return
+    axes.imshow(overlay_map(image, concept_map, low=low, high=high))
+    values = _upsample(np.asarray(concept_map, dtype=np.float32), *np.asarray(image).shape[:2])
+    if threshold is not None and values.min() < threshold < values.max():
+        for colour, line in (("black", 2.2), ("white", 1.1)):
+            axes.contour(values, levels=[threshold], colors=colour, linewidths=line)

@@ -1,0 +1,90 @@
+"""Scores of explainers: one file a question, each metric a torchmetrics ``Metric`` over pure functions.
+
+``image_metrics()`` and ``dictionary_metrics()`` list all of them; ``image_score`` and ``dictionary_score`` make the
+record of ``scores.json`` from one fit a seed. docs/metrics.md defines each and says what it cannot show.
+
+Importing this package imports torchmetrics (which itself imports torchvision and matplotlib where they are installed),
+so it is imported where scores are made, never by ``import netgloss``.
+"""
+
+from netgloss.metrics.base import (
+    DictionaryMetric,
+    ImageMetric,
+    Score,
+    dictionary_metrics,
+    dictionary_score,
+    image_metrics,
+    image_score,
+    interval,
+)
+from netgloss.metrics.dictionary import (
+    Collinearity,
+    CollinearityMax,
+    collinearity,
+    cosines,
+    nearest_cosine,
+    random_dictionary,
+)
+from netgloss.metrics.faithfulness import (
+    KL,
+    AccuracyChange,
+    Agreement,
+    accuracy_change,
+    agreement,
+    kl_divergence,
+)
+from netgloss.metrics.fidelity import R2, R2FeatureMean, r2_feature_mean, r2_per_feature, r2_score
+from netgloss.metrics.sparsity import L0, DeadShare, Hoyer, L0Share, dead_share, hoyer, l0
+from netgloss.metrics.stability import (
+    CodeCorrelation,
+    Stability,
+    concept_stability,
+    matched_similarity,
+    pair_interval,
+    random_stability,
+    shuffled_stability,
+    stability,
+)
+
+__all__ = [
+    "KL",
+    "L0",
+    "R2",
+    "AccuracyChange",
+    "Agreement",
+    "CodeCorrelation",
+    "Collinearity",
+    "CollinearityMax",
+    "DeadShare",
+    "DictionaryMetric",
+    "Hoyer",
+    "ImageMetric",
+    "L0Share",
+    "R2FeatureMean",
+    "Score",
+    "Stability",
+    "accuracy_change",
+    "agreement",
+    "collinearity",
+    "concept_stability",
+    "cosines",
+    "dead_share",
+    "dictionary_metrics",
+    "dictionary_score",
+    "hoyer",
+    "image_metrics",
+    "image_score",
+    "interval",
+    "kl_divergence",
+    "l0",
+    "matched_similarity",
+    "nearest_cosine",
+    "pair_interval",
+    "r2_feature_mean",
+    "r2_per_feature",
+    "r2_score",
+    "random_dictionary",
+    "random_stability",
+    "shuffled_stability",
+    "stability",
+]

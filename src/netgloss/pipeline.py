@@ -1,0 +1,321 @@
+"""The whole way in one call: classifier and images -> store -> fitted explainers -> scores -> report.
+
+:func:`explain` does all of it; :func:`fit_run`, :func:`evaluate_run` and ``Run.write_report`` are its parts, for a
+store that exists already. Every part continues where an interrupted one stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from netgloss.activations import CaptureOptions, Store, StoreInfo, capture, image_batches, prepare_store
+from netgloss.appraisal import EvaluationOptions, evaluate_run, make_tail, pick_device, split_store
+from netgloss.classifiers import imagenet_wnids
+from netgloss.errors import UserError
+from netgloss.evaluation import class_labels
+from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec, find_explainer, method_name
+from netgloss.gloss import GlossOptions, describe_image
+from netgloss.progress import Progress, Silent
+from netgloss.run import Run, save_figure, versions
+from netgloss.training import ActivationStream, build_explainer, fit, make_fabric
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from netgloss.classifiers import Classifier
+    from netgloss.data import ImageSource
+
+Result = TypeVar("Result")
+
+
+def store_info(classifier: Classifier, source: ImageSource) -> StoreInfo:
+    """What a store remembers of its origin."""
+    from netgloss.data import Joined
+
+    given = {"num_fit": source.num_fit} if isinstance(source, Joined) else {}
+    return StoreInfo(
+        model=classifier.spec(),
+        images={"description": source.description, "notes": list(source.notes), **given},
+        class_names=tuple(source.class_names),
+        created_with=versions(),
+    )
+
+
+def open_sources(images: ImageSource | str | Path, eval_images: ImageSource | str | Path | None = None) -> ImageSource:
+    """The images to fit on, joined with those to judge on where these are given."""
+    from netgloss.data import ImageSource, Joined, open_images
+
+    source, heldout = (s if s is None or isinstance(s, ImageSource) else open_images(s) for s in (images, eval_images))
+    assert source is not None
+    return source if heldout is None else Joined(source, heldout)
+
+
+def fit_run(
+    method: str,
+    store: Store,
+    layer: str,
+    out: str | Path,
+    *,
+    config: ExplainerConfig | None = None,
+    seeds: int | Sequence[int] = 3,
+    fabric: Fabric | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Run:
+    """Fits ``method`` once a seed on the fit images of a complete store and saves the explainers in a run folder.
+
+    ``fabric`` says the device, precision and processes of learned methods (see ``netgloss.training.make_fabric``).
+
+    Raises
+    ------
+    UserError
+        If the method is unknown, the store incomplete or of another network, or ``out`` holds another run.
+    """
+    progress = progress or Silent()
+    store.require_complete()
+    cls = find_explainer(method)
+    config = config or cls.Config()
+    seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not seed_list:
+        raise UserError("at least one seed is needed")
+    fit_images, heldout = split_store(store)
+    model = store.info.model
+    names = model.get("class_names", [])
+    wnids = (imagenet_wnids(model.get("imagenet")) if cls.uses else None) or []
+    labels = class_labels(store, names, wnids) if cls.uses else None
+    stream = ActivationStream(store, layer, fit_images, reads=cls.reads, labels=labels)
+    if cls.uses:
+        config = cls.settle(config, class_names=names, wnids=wnids, decisions=stream.decisions(fit_images))
+    shown = model.get("preprocessing", {})
+    image = (shown["channels"], *shown["size"]) if shown else ()
+    spec = stream.spec(num_classes=len(names), image=image)
+    manifest = {
+        "command": command,
+        "method": method_name(cls),
+        "config": dataclasses.asdict(config),
+        "model": model,
+        "layer": layer,
+        "layer_spec": dataclasses.asdict(spec),
+        "seeds": seed_list,
+        "store": str(store.path),
+        "store_address": store.key.address,
+        "data": {
+            **store.info.images,
+            "fingerprint": store.key.data_fingerprint,
+            "num_images": len(store),
+            "num_fit": len(fit_images),
+            "num_heldout": len(heldout),
+            "unreadable": [{"id": i, "reason": r} for i, r in list(store.problems.items())[:200]],
+        },
+    }
+    fabric = fabric or make_fabric()
+    run = first_then_others(fabric, lambda: Run.create(out, manifest), lambda: Run(out))
+    for seed in seed_list:
+        if not run.explainer_path(seed).exists():
+            if cls.deterministic and seed != seed_list[0]:
+                if fabric.is_global_zero:
+                    run.save_explainer(run.explainer, seed)
+            elif cls.learned or fabric.is_global_zero:
+                _fit_seed(run, cls, config, spec, stream, seed, fabric, progress)
+        fabric.barrier()
+    if not fabric.is_global_zero:
+        return run
+    run.update(status="fitted" if run.manifest["status"] == "started" else run.manifest["status"])
+    return run
+
+
+def _fit_seed(
+    run: Run,
+    cls: type[Explainer],
+    config: ExplainerConfig,
+    spec: LayerSpec,
+    stream: ActivationStream,
+    seed: int,
+    fabric: Fabric,
+    progress: Progress,
+) -> None:
+    checkpoint = run.checkpoint(seed)
+    saved = checkpoint.load()
+    if fabric.is_global_zero:
+        run.trim_history(seed, saved[1]["step"] if saved else 0)
+    started = time.perf_counter()
+    explainer = fit(
+        build_explainer(cls, config, spec, seed=seed),
+        stream,
+        seed=seed,
+        fabric=fabric,
+        checkpoint=checkpoint,
+        log=run.log,
+        progress=progress,
+    )
+    if fabric.is_global_zero:
+        run.add_time(f"fit seed {seed}", time.perf_counter() - started)
+        run.save_explainer(explainer, seed)
+        checkpoint.remove()
+
+
+def first_then_others(fabric: Fabric, first: Callable[[], Result], others: Callable[[], Result]) -> Result:
+    """``first()`` in process 0, then ``others()`` in the other processes."""
+    if fabric.is_global_zero:
+        result = first()
+        fabric.barrier()
+        return result
+    fabric.barrier()
+    return others()
+
+
+def explain(
+    method: str,
+    model: Classifier | str | torch.nn.Module,
+    layer: str,
+    images: ImageSource | str | Path,
+    *,
+    out: str | Path,
+    eval_images: ImageSource | str | Path | None = None,
+    config: ExplainerConfig | None = None,
+    seeds: int | Sequence[int] = 3,
+    device: str = "auto",
+    devices: int = 1,
+    precision: str = "32-true",
+    store: str | Path | None = None,
+    capture_options: CaptureOptions | None = None,
+    evaluation: EvaluationOptions | None = None,
+    gloss: GlossOptions | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+    **config_fields: Any,
+) -> Run:
+    """Explains one layer of a classifier by concepts and writes a run folder with its report.
+
+    Parameters
+    ----------
+    method : ``"nmf"``, ``"pca"``, ``"ica"``, ``"kmeans"``, ``"topk-sae"``, ..., or ``path/to/file.py:Class``.
+    model : a classifier, its name (``"torchvision:mobilenet_v2"``), or any ``nn.Module`` that says its preprocessing.
+    layer : dotted name, as ``netgloss layers`` lists them.
+    images : a source, or what ``netgloss.open_images`` takes (a folder, an .npz file, ...).
+    eval_images : images to judge on; default: a fifth of ``images``, held out from the fit by the hash of their ids.
+    out : the run folder; an interrupted run with the same settings continues.
+    seeds : how many fits, or which seeds.
+    device, devices, precision : as Fabric takes them; more than one device shares the capture and trains by DDP (the
+        calling script is started once a process, as torchrun does).
+    store : where the activations go; default ``out/activations.zarr``.
+    config_fields : options of the method by name (``num_concepts=32``), instead of ``config``.
+
+    Returns
+    -------
+    The run: ``run.explainer``, ``run.scores``, ``run.path / "report.html"``.
+
+    Raises
+    ------
+    UserError
+        One line for each mistake in names, files and options.
+    """
+    from netgloss.classifiers import Classifier, load_classifier
+
+    progress = progress or Silent()
+    cls = find_explainer(method)
+    if config is None:
+        known = [f.name for f in dataclasses.fields(cls.Config)]
+        unknown = sorted(set(config_fields) - set(known))
+        if unknown:
+            raise UserError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        config = cls.Config(**config_fields)
+    fabric = make_fabric(device, devices=devices, precision=precision)
+    fabric.launch()
+    progress = (progress if fabric.is_global_zero else None) or Silent()
+    classifier = model if isinstance(model, Classifier) else load_classifier(model)
+    classifier = classifier.to(fabric.device)
+    source = open_sources(images, eval_images)
+    classifier.check_layer(layer)
+    out = Path(out)
+    place = Path(store) if store is not None else out / "activations.zarr"
+    what: dict[str, Any] = {"options": capture_options, "info": store_info(classifier, source), "progress": progress}
+    started = time.perf_counter()
+    first_then_others(
+        fabric,
+        lambda: prepare_store(classifier, source, [layer], place, **what),
+        lambda: Store.open(place),
+    )
+    captured = capture(classifier, source, [layer], place, rank=fabric.global_rank, world=fabric.world_size, **what)
+    fabric.barrier()
+    seconds = time.perf_counter() - started
+    if captured.problems:
+        progress.say(
+            f"{len(captured.problems)} image(s) could not be read and were skipped; they are listed in the report"
+        )
+    run = fit_run(
+        method, captured, layer, out, config=config, seeds=seeds, fabric=fabric, command=command, progress=progress
+    )
+    if fabric.world_size > 1:  # process 0 evaluates alone
+        torch.distributed.destroy_process_group()
+        if not fabric.is_global_zero:
+            return run
+    run.add_time("capture", seconds)
+    evaluate_run(
+        run,
+        store=captured,
+        source=source,
+        classifier=classifier,
+        options=evaluation,
+        gloss=gloss,
+        progress=progress,
+    )
+    run.update(status="complete")
+    run.write_report()
+    return run
+
+
+def show(
+    run: Run, images: ImageSource | str | Path, *, out: str | Path, top: int = 5, device: str = "auto"
+) -> list[Path]:
+    """Explains new images with a saved run: for each a figure (PNG) and its numbers (JSON); returns the files.
+
+    The prediction's logit is told as base + contributions + gap (see netgloss.metrics.importance), with the map of
+    each of the ``top`` concepts over the picture that the network saw.
+    """
+    from netgloss.classifiers import Taps
+    from netgloss.data import ImageSource, open_images
+
+    source = images if isinstance(images, ImageSource) else open_images(images)
+    classifier = run.classifier().to(pick_device(device))
+    explainer = run.explainer.to(classifier.device)
+    tail = make_tail(classifier, run.layer, source)
+    written = []
+    for index, name in enumerate(source.ids):
+        pixels, (reason,) = next(image_batches(classifier, source, [index], workers=0))
+        if reason:
+            raise UserError(reason)
+        pixels = pixels.to(classifier.device)
+        with torch.no_grad(), Taps(classifier.net, [run.layer], stop=False) as taps:
+            activation = taps(pixels)[run.layer]
+            logits = taps.logits
+        picture = classifier.preprocessing.pixels(source.image(index)).permute(1, 2, 0).clamp(0, 1).numpy()
+        way_on = tail if tail.mode == "graph" else (lambda a, x=pixels: tail(a, images=x))
+        figure, numbers = describe_image(
+            explainer, activation, logits, way_on, picture, classifier.class_names, top=top
+        )
+        stem = Path(name).stem or "image"
+        written += save_figure(
+            Path(out), f"{index:04d}-{stem}" if len(source) > 1 else stem, figure, {"image": name, **numbers}
+        )
+    return written
+
+
+def demo(out: str | Path, *, num_images: int = 400, command: str = "", progress: Progress | None = None) -> Run:
+    """Explains the shipped Critters network's last map by NMF: needs no download, network or data."""
+    return explain(
+        "nmf",
+        "critters",
+        "block5",
+        f"critters:{num_images}",
+        out=out,
+        num_concepts=12,
+        command=command,
+        progress=progress,
+    )

@@ -1,0 +1,7 @@
+"""The report: a run folder becomes one HTML file that opens offline and can be sent to a colleague."""
+
+from __future__ import annotations
+
+from netgloss.report.build import build_report
+
+__all__ = ["build_report"]

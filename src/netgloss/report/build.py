@@ -1,0 +1,138 @@
+"""From a run folder to the text of ``report.html``.
+
+One file that works offline: the page's text is rendered here with jinja2 (everything escaped), concepts, classes and
+images travel as data that the page's own script turns into pages on demand, thumbnails once each, concept maps as grids
+of bytes that the browser draws. A Content-Security-Policy allows this one script and style (by their hashes) and
+pictures inside the file, nothing else: no request can leave the page even if something slipped through.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from netgloss import figures
+from netgloss.figures.style import HEAT, number
+from netgloss.report import answers
+from netgloss.report.pack import pack_maps, pack_thumbnails
+from netgloss.report.read import RunFiles, read_run
+
+BUDGET = 14_400_000
+"""Bytes that a report may have (the aim is under 15 MB)."""
+
+_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+def build_report(run_folder: Path) -> str:
+    """The HTML text of a run's report.
+
+    Parameters
+    ----------
+    run_folder : folder with ``run.json`` and ``concepts.json``, and ``scores.json``, ``history.jsonl`` and thumbnails
+        where the run has them.
+
+    Raises
+    ------
+    UserError : the folder holds no finished run, or a file in it is truncated or malformed.
+    """
+    import jinja2
+
+    files = read_run(Path(run_folder))
+    coarsened = pack_maps(files.concepts)
+    charts = _score_charts(files)
+    history = _history_chart(files)
+    data = _page_data(files)
+    fixed = len(to_json(data)) + sum(map(len, charts)) + len(history) + 150_000
+    thumbnails, missing = pack_thumbnails(files.folder, files.concepts["images"], BUDGET - fixed)
+
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("netgloss.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters.update(number=number, pretty=answers.pretty, percent=answers.percent, plainly=answers.plainly)
+    style, script = _template("report.css"), _template("report.js")
+    scores = [(s, answers.verdict(s), chart) for s, chart in zip(files.scores or [], charts, strict=True)]
+    return templates.get_template("report.html").render(
+        run=files.run,
+        concepts=files.concepts,
+        headlines=[(s, answers.verdict(s)) for s in answers.headline_scores(files.scores or [])],
+        holds=answers.what_it_holds(files),
+        holds_up=answers.how_well(files),
+        distrust=answers.what_to_distrust(files, missing),
+        scores=scores,
+        history=history,
+        coarsened=coarsened,
+        missing=missing,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=to_json(data),
+        thumbnails="\n".join(thumbnails),
+    )
+
+
+def to_json(value: Any) -> str:
+    """JSON that is safe inside a ``<script>`` element: ``< > &`` and the line separators only as escapes."""
+    return json.dumps(_rounded(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+
+
+def _page_data(files: RunFiles) -> dict[str, Any]:
+    """What the page's script reads."""
+    return {
+        "heat": _heat_colours(),
+        "maps": bool(files.concepts["grid"]),
+        "exact": files.concepts["importance"]["kind"] == "exact",
+        **{name: files.concepts[name] for name in ("images", "concepts", "classes")},
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to five significant digits: what is shown has three."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return value
+
+
+def _heat_colours() -> str:
+    """The 256 colours of the maps as hexadecimal text, the same as in the figures."""
+    from matplotlib import colormaps
+
+    table = colormaps[HEAT](range(256), bytes=True)[:, :3]
+    return str(table.tobytes().hex())
+
+
+def _score_charts(files: RunFiles) -> list[str]:
+    charts = []
+    for i, score in enumerate(files.scores or []):
+        shown = f"{answers.pretty(score['metric'])}: {number(score['value'])}, {answers.verdict(score).told}"
+        figure = figures.score_chart([score], titles=False)
+        charts.append(figures.to_svg(figure, prefix=f"score{i}-", description=shown))
+    return charts
+
+
+def _history_chart(files: RunFiles) -> str:
+    if not any(name not in ("seed", "step") for line in files.history for name in line):
+        return ""
+    figure = figures.history_curves(files.history)
+    return figures.to_svg(figure, prefix="history-", description="Training curves: each loss term over the steps")
+
+
+def _template(name: str) -> str:
+    return importlib.resources.files("netgloss.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

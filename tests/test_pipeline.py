@@ -1,0 +1,313 @@
+"""The whole way: from a classifier and images to a run folder, in Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import netgloss
+from netgloss.errors import UserError
+from netgloss.metrics import Score
+from netgloss.metrics.importance import contributions, significant
+from netgloss.run import Run, load_explainer, read_history, to_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SCORE_FIELDS = ["metric", "value", "low", "high", "baselines", "n", "seeds", "higher_is_better", "definition"]
+
+
+@pytest.fixture(scope="module")
+def nmf_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("run") / "nmf"
+    return netgloss.explain("nmf", "critters", "block5", "critters:100", out=out, num_concepts=6, seeds=2)
+
+
+def test_a_run_folder_holds_everything(nmf_run: Run) -> None:
+    names = {p.name for p in nmf_run.path.iterdir()}
+    assert {"run.json", "explainer.safetensors", "explainer-seed1.safetensors", "scores.json", "concepts.json"} <= names
+    assert {"images", "report.html", "activations.zarr"} <= names
+    assert nmf_run.manifest["status"] == "complete"
+    assert (
+        nmf_run.manifest["versions"]["torch"] == torch.__version__.split("+")[0]
+        or nmf_run.manifest["versions"]["torch"]
+    )
+    assert set(nmf_run.manifest["times"]) == {"capture", "fit seed 0", "fit seed 1", "evaluate", "gloss"}
+    assert not list(nmf_run.path.rglob("*.part*"))
+    assert not list(nmf_run.path.rglob("*.pkl"))
+
+
+def test_scores_have_exactly_the_promised_fields(nmf_run: Run) -> None:
+    records = json.loads((nmf_run.path / "scores.json").read_text())
+    assert [list(r) for r in records] == [SCORE_FIELDS] * len(records)
+    assert [f.name for f in fields(Score)] == SCORE_FIELDS
+    scores = {s.metric: s for s in nmf_run.scores}
+    expected = {"r2", "r2_feature_mean", "agreement", "kl", "accuracy_change", "l0", "hoyer", "dead_share", "stability"}
+    assert expected | {"collinearity"} <= set(scores)
+    r2 = scores["r2"]
+    assert set(r2.baselines) == {
+        "random_directions",
+        "natural_axes",
+        "shuffled_codes",
+        "mean_activation",
+        "untrained_network",
+    }
+    assert r2.low is not None
+    assert r2.value is not None
+    assert r2.low < r2.value < r2.high
+    assert r2.baselines["mean_activation"] == pytest.approx(0, abs=0.1)
+    assert r2.baselines["shuffled_codes"] < r2.baselines["mean_activation"] < r2.value
+    assert r2.n == nmf_run.manifest["data"]["num_heldout"] == 20
+    assert r2.seeds == 2
+    assert "untrained_network" not in scores["agreement"].baselines
+    assert set(scores["stability"].baselines) == {"random_dictionary", "shuffled_dictionary"}
+
+
+def test_the_saved_explainer_works_without_its_folder(nmf_run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere.safetensors"
+    copy.write_bytes((nmf_run.path / "explainer.safetensors").read_bytes())
+    x = torch.rand(3, 112, 8, 8)
+    torch.testing.assert_close(load_explainer(copy).encode(x), nmf_run.explainer.encode(x))
+    assert nmf_run.explainer.encode(x).shape == (3, 6, 8, 8)
+    assert nmf_run.explainer.spec.nonnegative
+
+
+def test_contributions_add_up_to_the_logit(nmf_run: Run) -> None:
+    assert nmf_run.manifest["tail"]["affine"]
+    assert nmf_run.concepts["importance"]["kind"] == "exact"
+    assert nmf_run.concepts["importance"]["completeness_gap"]["relative"] < 1e-4
+    explained = [i["explained"] for i in nmf_run.concepts["images"] if i["explained"]]
+    assert explained
+    for image in explained:
+        parts = sum(d["contribution"] for d in image["drivers"]) + image["others"]
+        assert image["base"] + parts == pytest.approx(image["rebuilt"], abs=1e-3)
+        assert image["base"] + parts + image["gap"] == pytest.approx(image["logit"], abs=1e-3)
+
+
+def test_contributions_of_a_linear_model_are_its_terms() -> None:
+    dictionary, weights = torch.randn(3, 5), torch.randn(5, 4)
+    codes = torch.randn(2, 3, 2, 2)
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bkhw,kc->bchw", z, dictionary) + 1
+
+    def tail(x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=(2, 3)) @ weights + 2
+
+    classes = torch.tensor([1, 3])
+    found = contributions(decode, tail, codes, classes)
+    expected = torch.einsum("bkhw,kc,cb->bk", codes, dictionary, weights[:, classes]) / 4
+    torch.testing.assert_close(found.values, expected)
+    torch.testing.assert_close(found.base, weights.sum(dim=0)[classes] + 2)
+    torch.testing.assert_close(found.gap, torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_the_gap_says_what_a_curved_tail_hides() -> None:
+    found = contributions(lambda z: z, lambda x: x**2, torch.tensor([[3.0]]), torch.tensor([0]))
+    torch.testing.assert_close(found.values, torch.tensor([[18.0]]))
+    torch.testing.assert_close(found.gap, torch.tensor([-9.0]))
+
+
+def test_significant_counts_the_concepts_of_ninety_percent() -> None:
+    values = torch.tensor([[8.0, 1.5, 0.5, -9.0], [1.0, 1.0, 1.0, 1.0], [-1.0, -2.0, -3.0, 0.0]])
+    assert significant(values).tolist() == [2, 4, 0]
+
+
+def test_the_strongest_images_are_the_strongest(nmf_run: Run) -> None:
+    store = netgloss.Store.open(nmf_run.path / "activations.zarr")
+    codes = nmf_run.explainer.encode(torch.from_numpy(store.read("block5", store.valid)).float())
+    peaks = codes.amax(dim=(2, 3))
+    content = nmf_run.concepts
+    for concept in content["concepts"]:
+        values = [entry["value"] for entry in concept["gallery"]]
+        best = peaks[:, concept["id"]].topk(len(values)).values.tolist()
+        assert sorted(values, reverse=True) == pytest.approx(best, rel=0.02)
+        assert sum(concept["histogram"]["counts"]) == 100
+    assert sum(c["importance"] for c in content["concepts"]) == pytest.approx(1, abs=1e-6)
+    assert all((nmf_run.path / image["thumbnail"]).is_file() for image in content["images"])
+
+
+def test_the_same_settings_continue_and_others_are_refused(nmf_run: Run) -> None:
+    before = (nmf_run.path / "explainer.safetensors").stat().st_mtime_ns
+    again = netgloss.explain(
+        "nmf", "critters", "block5", "critters:100", out=nmf_run.path, num_concepts=6, seeds=2,
+        evaluation=netgloss.EvaluationOptions(untrained_images=0),
+    )  # fmt: skip
+    assert (again.path / "explainer.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"holds another run \(config: .*'num_concepts': 6.*choose another --out"):
+        netgloss.explain("nmf", "critters", "block5", "critters:100", out=nmf_run.path, num_concepts=7, seeds=2)
+    with pytest.raises(UserError, match="holds something else: images"):
+        netgloss.explain("nmf", "critters", "block5", "critters:90", out=nmf_run.path, num_concepts=6, seeds=2)
+
+
+def test_show_explains_a_new_image(nmf_run: Run, tmp_path: Path) -> None:
+    netgloss.open_images("critters:3,seed=9").image(2).save(tmp_path / "new.png")
+    picture, numbers = netgloss.show(nmf_run, tmp_path / "new.png", out=tmp_path / "shown")
+    with Image.open(picture) as image:
+        assert image.size[0] > 400
+    told = json.loads(numbers.read_text())
+    total = told["base"] + sum(told["contributions"].values()) + told["gap"]
+    assert total == pytest.approx(told["logit"], abs=1e-3)
+    assert 0 < told["probability"] <= 1
+    assert len(told["contributions"]) == 6
+
+
+@pytest.mark.parametrize("method", ["pca", "ica", "kmeans", "topk-sae", "natural-axes", "random-directions"])
+def test_every_method_makes_a_run(method: str, nmf_run: Run, tmp_path: Path) -> None:
+    options = {"steps": 40, "batch_size": 256, "top_k": 3} if method == "topk-sae" else {}
+    run = netgloss.explain(
+        method,
+        "critters",
+        "block5",
+        "critters:100",
+        out=tmp_path / "run",
+        store=nmf_run.path / "activations.zarr",
+        num_concepts=6,
+        seeds=2,
+        evaluation=netgloss.EvaluationOptions(untrained_images=0),
+        **options,
+    )
+    assert len(run.concepts["concepts"]) == 6
+    scores = {s.metric: s.value for s in run.scores}
+    assert scores["r2"] > (-0.5 if method == "random-directions" else 0.0)
+    assert "</html>" in (run.path / "report.html").read_text()
+    if method == "topk-sae":
+        lines = read_history(run.path / "history.jsonl")
+        assert [(entry["seed"], entry["step"]) for entry in lines] == [(0, 20), (0, 40), (1, 20), (1, 40)]
+
+
+def test_a_module_of_your_own_with_hidden_layers(tmp_path: Path) -> None:
+    class Residual(nn.Module):
+        preprocessing_spec = {"size": [16, 16], "resize": [16, 16], "mean": [0.5] * 3, "std": [0.25] * 3}
+        class_names = ["a", "b", "c"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.body = nn.Conv2d(8, 8, 3, padding=1)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).relu()
+            return self.head((x + self.body(x)).relu().mean(dim=(2, 3)))
+
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    options = netgloss.EvaluationOptions(untrained_images=20)
+    run = netgloss.explain("pca", Residual(), "body", netgloss.open_images(images), out=tmp_path / "r", num_concepts=3,
+                           seeds=1, evaluation=options)  # fmt: skip
+    assert run.manifest["tail"]["mode"] == "replaced"
+    assert any("replaced forwards" in w for w in run.manifest["warnings"])
+    assert {s.metric for s in run.scores} >= {"r2", "agreement"}
+    assert run.concepts["importance"]["kind"] == "gradient x concept"
+    with pytest.raises(UserError, match="given as a module"):
+        run.classifier()
+
+
+def test_one_image_is_enough(tmp_path: Path) -> None:
+    netgloss.open_images("critters:1").image(0).save(tmp_path / "only.png")
+    run = netgloss.explain(
+        "pca", "critters", "block5", tmp_path / "only.png", out=tmp_path / "r", num_concepts=2, seeds=1
+    )
+    assert any("too few images" in w for w in run.manifest["warnings"])
+    assert (run.path / "report.html").exists()
+
+
+KILLED = """
+import sys, netgloss
+from netgloss.training import FitOptions
+FitOptions.__init__.__defaults__ = (0.0, 20)
+class Slow:
+    def start(self, task, *a, **k): self.fitting = task.startswith("fit")
+    def advance(self, *a, **k):
+        if self.fitting: print("step", flush=True); __import__("time").sleep(0.05)
+    def finish(self): pass
+    def say(self, m): pass
+netgloss.explain("topk-sae", "critters", "block5", "critters:60", out={out!r}, num_concepts=8, top_k=2, steps=400,
+                 batch_size=64, seeds=1, progress=Slow(), evaluation=netgloss.EvaluationOptions(untrained_images=0))
+"""
+
+
+def test_a_killed_run_continues_to_the_same_result(tmp_path: Path) -> None:
+    code = KILLED.format(out=str(tmp_path / "killed"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(9):
+        assert process.stdout.readline() == "step\n"
+    time.sleep(0.03)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert list((tmp_path / "killed").glob("*.checkpoint.safetensors"))
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < again.stdout.count("step") <= 12
+    whole = KILLED.format(out=str(tmp_path / "whole"))
+    subprocess.run([sys.executable, "-c", whole], capture_output=True, check=True)
+    killed, undisturbed = Run(tmp_path / "killed"), Run(tmp_path / "whole")
+    first, second = killed.explainer.state_dict(), undisturbed.explainer.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert not list(killed.path.glob("*.checkpoint.safetensors"))
+    steps = [[e["step"] for e in read_history(r.path / "history.jsonl")] for r in (killed, undisturbed)]
+    assert steps[0] == steps[1] == list(range(20, 401, 20))
+    assert [s.value for s in killed.scores] == [s.value for s in undisturbed.scores]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: (p / "run.json").write_text("{"), "not readable JSON"),
+        (lambda p: (p / "run.json").write_text("[]"), "not a run folder"),
+        (lambda p: (p / "run.json").unlink(), "has no run.json"),
+        (lambda p: (p / "explainer.safetensors").write_bytes(b"\0" * 40), "not a readable safetensors"),
+        (lambda p: (p / "explainer.safetensors").unlink(), "the fit has not ended"),
+    ],
+)
+def test_damaged_run_folders_are_one_line(nmf_run: Run, tmp_path: Path, change, message: str) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(nmf_run.path, copy, ignore=shutil.ignore_patterns("activations.zarr", "images"))
+    change(copy)
+    with pytest.raises(UserError, match=message):
+        assert netgloss.load(copy).explainer
+
+
+def test_json_is_strict() -> None:
+    assert json.loads(to_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": "é"})) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": "é",
+    }
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def test_the_example_of_contributing_is_a_method(tmp_path: Path) -> None:
+    (method,) = python_blocks(ROOT / "CONTRIBUTING.md")
+    (tmp_path / "group_means.py").write_text(method)
+    run = netgloss.explain(f"{tmp_path / 'group_means.py'}:GroupMeans", "critters", "block5", "critters:40",
+                           out=tmp_path / "r", num_concepts=4, seeds=2, scale=2.0,
+                           evaluation=netgloss.EvaluationOptions(untrained_images=0))  # fmt: skip
+    assert run.explainer.config.scale == 2.0
+    assert {s.metric for s in run.scores} >= {"r2", "agreement", "stability"}
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(ROOT / "README.md")
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})

@@ -1,0 +1,497 @@
+"""The report: hostile run folders stay harmless, broken ones are named, large ones stay small and quick to open."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from netgloss.errors import UserError
+from netgloss.report import build_report
+from netgloss.report.answers import verdict
+from netgloss.report.build import to_json
+
+SCRIPT = "<script>alert(1)</script>"
+HOSTILE = [
+    SCRIPT,
+    '"><img src=x onerror=alert(1)>',
+    "</script><!--<script>",
+    "مرحبا\u202edesrever\u0000\u0007",
+    "a very long name, " * 40,
+    "$\\frac{ {{ 7*7 }} {% raw %}",
+    "line\u2028separator & 'quotes' \ud800",
+    "javascript:alert(1)",
+]
+NAMES = ["tench", "golf ball", "church", "parachute", "gas pump", "chain saw"]
+
+
+def encode_map(grid: np.ndarray, top: float) -> dict[str, Any]:
+    """A concept map as concepts.json holds it; the contour lies at half of the strongest value."""
+    values = np.clip(np.round(255 * grid / top), 0, 255).astype(np.uint8)
+    data = base64.b64encode(values.tobytes()).decode()
+    return {"grid": list(grid.shape), "data": data, "low": 0.0, "high": float(top), "threshold": 128}
+
+
+def make_run(
+    folder: Path,
+    *,
+    num_concepts: int = 6,
+    gallery: int = 4,
+    num_images: int = 12,
+    size: int = 48,
+    grid: tuple[int, ...] = (7, 7),
+    hostile: bool = False,
+    quality: int = 85,
+) -> Path:
+    """A run folder of random numbers, blobs and pictures, in the form that netgloss writes."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    names = HOSTILE[:6] if hostile else NAMES
+    say = (lambda i, text: HOSTILE[i % len(HOSTILE)]) if hostile else (lambda i, text: text)
+
+    def blob() -> dict[str, Any] | None:
+        if not grid:
+            return None
+        y, x = np.mgrid[: grid[0], : grid[1]]
+        cy, cx = rng.uniform(0, grid[0]), rng.uniform(0, grid[1])
+        bump = np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (0.06 * grid[0] * grid[1]))
+        return encode_map(4 * bump + 0.2 * rng.random(grid), 4.2)
+
+    images = []
+    for i in range(num_images):
+        coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
+        noisy = np.clip(np.asarray(coarse, dtype=float) + rng.normal(0, 12, (size, size, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"images/{i:06d}.jpg", quality=quality)
+        drivers = [
+            {"concept": int(c), "contribution": float(rng.normal(1, 1)), "map": blob()}
+            for c in rng.permutation(num_concepts)[:4]
+        ]
+        explained = {"class": names[i % 6], "logit": 12.3, "base": 1.0, "gap": 0.02, "drivers": drivers}
+        images.append(
+            {
+                "id": say(i, f"train/{names[i % 6]}/{i:04d}.jpg"),
+                "label": names[i % 6] if i % 5 else names[(i + 1) % 6],
+                "prediction": names[i % 6],
+                "probability": float(rng.uniform(0.3, 1)),
+                "thumbnail": f"images/{i:06d}.jpg",
+                "split": "held-out" if i % 3 else "fit",
+                "explained": explained if i < 60 else None,
+            }
+        )
+    importance = np.sort(rng.pareto(1.5, num_concepts))[::-1]
+    concepts = [
+        {
+            "id": k,
+            "name": say(k, f"concept {k}"),
+            "label": {"text": say(k + 1, "wheel"), "metric": "IoU", "value": 0.21} if k % 4 == 1 else None,
+            "share_active": 0.0 if k == num_concepts - 1 else float(rng.uniform(0.02, 0.6)),
+            "mean": 0.3,
+            "max": 4.2,
+            "importance": float(importance[k] / importance.sum()),
+            "histogram": {
+                "edges": list(np.linspace(0, 4.2, 25)),
+                "counts": [int(c) for c in 4000 * np.exp(-np.arange(24) / 3.0)],
+            },
+            "stability": float(rng.uniform(0.3, 1)),
+            "gallery": [
+                {"image": int(i), "value": float(4.2 - 0.2 * j), "map": blob()}
+                for j, i in enumerate((k * gallery + np.arange(gallery)) % num_images)
+            ],
+            "classes": [
+                {"class": names[(k + j) % 6], "contribution": 1.2 - 0.5 * j, "share": 0.3 - 0.1 * j} for j in range(4)
+            ],
+            "scores": {"hoyer": 0.4},
+            "unknown": "ignored",
+        }
+        for k in range(num_concepts)
+    ]
+    classes = [
+        {
+            "class": name,
+            "num_images": 40,
+            "accuracy": 0.9 if i else None,
+            "agreement": 0.95,
+            "mean_logit": 11.0,
+            "base": 2.0,
+            "gap": 0.1,
+            "concepts": [
+                {
+                    "concept": int(c),
+                    "contribution": 2.0 - 0.7 * j,
+                    "low": 1.8 - 0.7 * j,
+                    "high": 2.2 - 0.7 * j,
+                    "share": 0.2,
+                }
+                for j, c in enumerate(rng.permutation(num_concepts)[:6])
+            ],
+        }
+        for i, name in enumerate(names)
+    ]
+    importance_kind = {
+        "kind": "exact",
+        "completeness_gap": {"mean_abs": 0.02, "relative": 0.004},
+        "definition": say(3, "Concept activation times its weight in the logit, summed over positions."),
+    }
+    write(
+        folder / "concepts.json",
+        {
+            "format_version": 1,
+            "layer": "features.18",
+            "grid": list(grid),
+            "importance": importance_kind,
+            "images": images,
+        }
+        | {"concepts": concepts, "classes": classes},
+    )
+    score = {"n": 500, "seeds": [0, 1, 2], "higher_is_better": True}
+    write(
+        folder / "scores.json",
+        [
+            score
+            | {
+                "metric": "r2",
+                "value": 0.81,
+                "low": 0.79,
+                "high": 0.83,
+                "definition": say(0, "Share of variance rebuilt."),
+            }
+            | {"baselines": {"random_directions": 0.11, "natural_axes": 0.42, say(1, "shuffled"): 0.0}},
+            score
+            | {
+                "metric": "agreement",
+                "value": 0.94,
+                "low": 0.91,
+                "high": 0.96,
+                "definition": "Same prediction.",
+            }
+            | {"baselines": {"random_directions": 0.3, "natural_axes": 0.93}},
+            score
+            | {
+                "metric": "stability",
+                "value": 0.7,
+                "low": 0.65,
+                "high": 0.74,
+                "definition": "Matched cosine.",
+            }
+            | {"baselines": {"random_stability": 0.12}},
+            score
+            | {"metric": "kl", "value": 0.21, "low": 0.18, "high": 0.24, "higher_is_better": False}
+            | {"baselines": {"random_directions": 2.1, "natural_axes": 0.1}, "definition": "Nats lost."},
+            score
+            | {"metric": "l0", "value": 11.5, "low": None, "high": None, "higher_is_better": None, "baselines": {}}
+            | {"definition": "Active concepts a position."},
+        ],
+    )
+    run = {
+        "format_version": 1,
+        "status": "complete",
+        "command": f"netgloss explain nmf --images '{say(0, 'imagenette/train')}' --num-concepts {num_concepts}",
+        "method": "nmf",
+        "config": {"num_concepts": num_concepts, "note": say(1, "none"), "list": [say(0, "x")]},
+        "model": {"name": say(1, "torchvision:mobilenet_v2"), "weights_hash": "9f3a1c", "num_classes": 1000},
+        "layer": "features.18",
+        "layer_spec": {"shape": [1280, *grid], "nonnegative": True},
+        "data": {
+            "description": say(0, "imagenette/train"),
+            "fingerprint": "ab12",
+            "num_images": 1500,
+            "num_fit": 1000,
+            "num_heldout": 500,
+            "unreadable": [{"id": say(0, "broken.jpg"), "reason": say(1, "truncated")}],
+            "notes": [say(2, "squashed to 224 × 224")],
+        },
+        "seeds": [0, 1, 2],
+        "versions": {"netgloss": "0.1.0", "torch": "2.15"},
+        "created": "2026-01-01T12:00:00",
+        "times": {"capture": 12.1, "fit": 30.2},
+        "tail": {"mode": "graph", "affine": True, "reason": ""},
+        "warnings": [say(0, "The fit had not converged after 200 iterations.")],
+    }
+    write(folder / "run.json", run)
+    lines = [
+        {"seed": s, "step": t, "loss": 5 * 0.97**t + 0.1 * s, say(0, "auxk"): 0.1 + 0.01 * t}
+        for s in range(3)
+        for t in range(0, 200, 20)
+    ]
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: its elements, and the text of its scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.raw: list[tuple[str, dict[str, str | None], str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self.raw.append((tag, dict(attrs), ""))
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem:
+            tag, attrs, text = self.raw[-1]
+            self.raw[-1] = (tag, attrs, text + data)
+        else:
+            self.text += data
+
+    def data(self) -> dict[str, Any]:
+        return next(json.loads(text) for _, attrs, text in self.raw if attrs.get("id") == "data")
+
+    def thumbnails(self) -> list[str]:
+        return next(text for _, attrs, text in self.raw if attrs.get("id") == "thumbnails").split("\n")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = make_run(tmp_path_factory.mktemp("hostile") / "run", hostile=True, num_concepts=9)
+    return folder, build_report(folder)
+
+
+def test_hostile_names_stay_text(hostile: tuple[Path, str]) -> None:
+    page = Page(hostile[1])
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 3
+    assert tags.count("style") == 1
+    assert not {"img", "iframe", "object", "embed", "form", "base", "link"} & set(tags)
+    for _, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on") or name in ("style", "src", "srcdoc")]
+        assert (attributes.get("href") or "#").startswith("#")
+    assert SCRIPT in page.text
+    assert "{{ 7*7 }}" in hostile[1]  # a name is never a template
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_data_survives_the_way_into_the_page(hostile: tuple[Path, str]) -> None:
+    data = Page(hostile[1]).data()
+    assert data["concepts"][0]["name"] == SCRIPT
+    assert data["concepts"][2]["name"] == HOSTILE[2]
+    assert data["concepts"][3]["name"] == HOSTILE[3].replace("\u202e", "\ufffd").replace("\0\a", "\ufffd\ufffd")
+    assert data["concepts"][6]["name"] == "line\ufffdseparator & 'quotes' \ufffd"
+    packed = data["concepts"][1]["gallery"][0]["map"]
+    stored = json.loads((hostile[0] / "concepts.json").read_text())["concepts"][1]["gallery"][0]["map"]
+    assert packed == [7, 7, stored["data"], 0.0, 4.2, 128]
+    hostile[1].encode("utf-8")
+
+
+def test_json_cannot_leave_its_script() -> None:
+    text = to_json({"x": "</script><!-- & \u2028\u2029", "y": [float("nan"), 1.23456789]})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {"x": "</script><!-- & \u2028\u2029", "y": [None, 1.2346]}
+
+
+def test_policy_allows_only_this_script_and_style(hostile: tuple[Path, str]) -> None:
+    page = Page(hostile[1])
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
+    assert policy is not None
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+    for tag, attributes, text in page.raw:
+        if "type" not in attributes:
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
+
+
+def test_nothing_points_outside(hostile: tuple[Path, str]) -> None:
+    addresses = set(re.findall(r"(?:https?:)?//[\w.]+[^\s\"']*", hostile[1].split('id="data"')[0]))
+    script = next(
+        text for tag, attributes, text in Page(hostile[1]).raw if tag == "script" and "type" not in attributes
+    )
+    assert not addresses
+    assert set(re.findall(r"https?://[^\s\"']*", script)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|fetch\(|XMLHttp", script
+    )
+
+
+def test_the_answers_follow_from_the_numbers(tmp_path: Path) -> None:
+    text = " ".join(Page(build_report(make_run(tmp_path / "run"))).text.split())
+    assert "Worse than natural axes in kl." in text
+    assert "Not distinguishable from natural axes in agreement." in text
+    assert "2 of 4 judged scores beat every baseline." in text
+    assert "1 concept of 6 never became active." in text
+    assert "1 image left out: could not be read." in text
+    assert "The fit had not converged after 200 iterations." in text
+    assert "6 concepts from 1,280 features on a grid of 7 × 7 positions." in text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "better", "baselines", "standing"),
+    [
+        ((0.8, 0.7, 0.9), True, {"a": 0.69, "b": None}, "better"),
+        ((0.8, 0.7, 0.9), True, {"a": 0.1, "b": 0.7}, "tie"),
+        ((0.8, 0.7, 0.9), True, {"a": 0.8, "b": 0.91}, "worse"),
+        ((0.8, 0.7, 0.9), False, {"a": 0.91}, "better"),
+        ((0.8, 0.7, 0.9), False, {"a": 0.69}, "worse"),
+        ((0.8, None, None), True, {"a": 0.8}, "tie"),
+        ((0.8, None, None), True, {"a": 0.79}, "better"),
+        ((0.8, 0.7, 0.9), None, {"a": 0.1}, "none"),
+        ((0.8, 0.7, 0.9), True, {}, "none"),
+        ((None, None, None), True, {"a": 0.1}, "none"),
+    ],
+)
+def test_verdict(
+    numbers: tuple[float | None, ...], better: bool | None, baselines: dict[str, float | None], standing: str
+) -> None:
+    value, low, high = numbers
+    record = {"value": value, "low": low, "high": high, "higher_is_better": better, "baselines": baselines}
+    assert verdict(record).standing == standing
+
+
+def test_what_is_missing_is_a_gap(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", grid=())
+    (run / "scores.json").unlink()
+    (run / "images/000003.jpg").unlink()
+    (run / "images/000004.jpg").write_bytes(b"no picture")
+    lines = (run / "history.jsonl").read_text()
+    (run / "history.jsonl").write_text(lines + '{"seed": 0, "st')
+    page = Page(build_report(run))
+    assert "Nothing was scored in this run" in page.text
+    assert "2 pictures of the run folder could not be shown" in page.text
+    assert [i for i, text in enumerate(page.thumbnails()) if not text] == [3, 4]
+    assert [i for i, image in enumerate(page.data()["images"]) if image["size"] is None] == [3, 4]
+    (run / "history.jsonl").unlink()
+    build_report(run)
+
+
+def test_only_files_of_the_folder_are_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    secret = tmp_path / "secret.jpg"
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(secret)
+    (run / "images/link.jpg").symlink_to(secret)
+    concepts = json.loads((run / "concepts.json").read_text())
+    tricks = [
+        "../secret.jpg",
+        str(secret),
+        "images/link.jpg",
+        "images/../../secret.jpg",
+        "a\x00b",
+        "images",
+        "x" * 5000,
+    ]
+    for image, name in zip(concepts["images"], tricks, strict=False):
+        image["thumbnail"] = name
+    write(run / "concepts.json", concepts)
+    assert [bool(text) for text in Page(build_report(run)).thumbnails()] == [False] * 7 + [True] * 5
+
+
+def test_broken_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        build_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a run folder"):
+        build_report(tmp_path)
+    run = make_run(tmp_path / "run")
+    (run / "concepts.json").write_text((run / "concepts.json").read_text()[:500])
+    with pytest.raises(UserError, match=r"concepts\.json cannot be read as JSON.*truncated"):
+        build_report(run)
+    (run / "concepts.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        build_report(run)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "message"),
+    [
+        (
+            "concepts.json",
+            ["concepts", 0, "gallery", 0, "image"],
+            99,
+            r"gallery\[0\]\.image is 99, there are 12 images",
+        ),
+        ("concepts.json", ["concepts", 2, "id"], 7, r"concepts\[2\]\.id should be 2, is 7"),
+        ("concepts.json", ["concepts", 1, "name"], {"a": 1}, r"concepts\[1\]\.name should be a text"),
+        ("concepts.json", ["concepts", 1, "max"], "high", r"max should be a finite number, is \"high\""),
+        ("concepts.json", ["concepts"], {}, "concepts should be a list"),
+        ("concepts.json", ["classes", 0, "concepts", 0, "concept"], 6, "concept 6, there are 6"),
+        ("concepts.json", ["concepts", 0, "gallery", 0, "map", "grid"], [7, 8], "malformed"),
+        ("concepts.json", ["concepts", 0, "gallery", 0, "map", "data"], "<b>", "malformed"),
+        ("concepts.json", ["concepts", 0, "gallery", 0, "map", "low"], None, "low should be a finite number"),
+        ("run.json", ["format_version"], 2, "format_version 2"),
+        ("run.json", ["layer"], None, "layer should be a text"),
+        ("scores.json", [0, "baselines"], [1], "baselines should be a record"),
+    ],
+)
+def test_malformed_fields_are_named(tmp_path: Path, file: str, path: list[Any], value: Any, message: str) -> None:
+    run = make_run(tmp_path / "run")
+    content = inner = json.loads((run / file).read_text())
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    write(run / file, content)
+    with pytest.raises(UserError, match=message) as caught:
+        build_report(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_malformed_history_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "history.jsonl").write_text('{"seed": 0, "st\n{"seed": 0, "step": 1, "loss": 2}\n')
+    with pytest.raises(UserError, match="line 1 is malformed"):
+        build_report(run)
+
+
+def test_pictures_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", num_images=60, size=224, grid=(28, 28), quality=95)
+    plain = build_report(run)
+    assert Page(plain).thumbnails()[0] == base64.b64encode((run / "images/000000.jpg").read_bytes()).decode()
+    monkeypatch.setattr("netgloss.report.build.BUDGET", 600_000)
+    monkeypatch.setattr("netgloss.report.pack.MAP_BUDGET", 60_000)
+    small = build_report(run)
+    page = Page(small)
+    assert len(plain.encode()) > 1_500_000
+    assert len(small.encode()) < 600_000
+    assert all(page.thumbnails())
+    assert 64 <= max(page.data()["images"][0]["size"]) < 224
+    height, width, packed, *scale = page.data()["concepts"][0]["gallery"][0]["map"]
+    assert (height, width, len(base64.b64decode(packed))) == (10, 10, 100)
+    assert scale == [0.0, 4.2, 128]
+    assert "10 × 10 cells" in page.text
+
+
+def test_five_hundred_concepts_fit(tmp_path: Path) -> None:
+    html = build_report(make_run(tmp_path / "run", num_concepts=512, gallery=9, num_images=100, size=64))
+    assert len(html.encode()) < 15_000_000
+    assert len(Page(html).data()["concepts"]) == 512
+
+
+def test_hostile_report_in_a_browser(hostile: tuple[Path, str], tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium to open the report")
+    (tmp_path / "report.html").write_text(hostile[1], encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    more = f"--disable-component-update --disable-sync --enable-logging=stderr --user-data-dir={tmp_path / 'profile'}"
+    address = f"file://{tmp_path / 'report.html'}#/concepts/0"
+    command = [browser, *flags.split(), *more.split(), "--virtual-time-budget=2000", "--dump-dom", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    page = Page(done.stdout)
+    body = next(attributes for tag, attributes in page.elements if tag == "body")
+    assert (body["data-view"], body["class"]) == ("page", "scripted")
+    pictures = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+    assert len(pictures) >= 4
+    assert all(source and source.startswith("data:image/") for source in pictures)
+    assert [tag for tag, _ in page.elements].count("canvas") >= 4
+    assert [tag for tag, _ in page.elements].count("script") == 3
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
