@@ -151,6 +151,14 @@ def test_the_same_settings_continue_and_others_are_refused(nmf_run: Run) -> None
         netgloss.explain("nmf", "critters", "block5", "critters:90", out=nmf_run.path, num_concepts=6, seeds=2)
 
 
+def test_a_refused_first_try_is_not_in_the_way(tmp_path: Path) -> None:
+    options = {"out": tmp_path / "r", "seeds": 1, "evaluation": netgloss.EvaluationOptions(untrained_images=0)}
+    with pytest.raises(UserError, match="NMF needs activations >= 0"):
+        netgloss.explain("nmf", "critters", "block5.norm", "critters:40", num_concepts=3, **options)
+    run = netgloss.explain("pca", "critters", "block5.norm", "critters:40", num_concepts=4, **options)
+    assert (run.method, run.manifest["config"]["num_concepts"], run.manifest["status"]) == ("pca", 4, "complete")
+
+
 def test_show_explains_a_new_image(nmf_run: Run, tmp_path: Path) -> None:
     netgloss.open_images("critters:3,seed=9").image(2).save(tmp_path / "new.png")
     picture, numbers = netgloss.show(nmf_run, tmp_path / "new.png", out=tmp_path / "shown")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from netgloss.metrics import Score
 
 FORMAT_VERSION = 1
-_IDENTITY = ("method", "config", "layer", "seeds", "store_address", "settings")
+_IDENTITY = ("method", "config", "layer", "seeds", "store_address")
 
 
 def versions() -> dict[str, str]:
@@ -123,9 +123,12 @@ class Run:
             run = cls(path)
             asked = json.loads(to_json(fresh))
             differing = [name for name in _IDENTITY if run.manifest.get(name) != asked.get(name)]
-            if differing:
+            if differing and (any(path.glob("explainer*.safetensors")) or any(path.glob("*.checkpoint.safetensors"))):
                 said = "; ".join(f"{n}: {run.manifest.get(n)!r} there, {asked.get(n)!r} now" for n in differing)
                 raise UserError(f"{path} holds another run ({said}); choose another --out")
+            if differing:  # nothing was fitted yet: a first try that was refused
+                run.manifest = {}
+                run.update(**fresh)
             return run
         if path.exists() and (not path.is_dir() or any(p.name != "activations.zarr" for p in path.iterdir())):
             raise UserError(f"{path} exists and is not a run folder; choose another --out")
