@@ -172,22 +172,35 @@ class Evaluate:
     """Images for the untrained-network control; 0 leaves it out."""
     max_images: int | None = None
     """Judge on at most this many held-out images."""
+    annotations: str | None = None
+    """Where things are: a folder of images and masks, a COCO file, or critters:N,seed=S. Labels the concepts. A run
+    that was evaluated before is only labelled, unless --images is given."""
     device: Device = "auto"
 
     def run(self) -> None:
-        from netgloss.appraisal import EvaluationOptions, evaluate_run
+        from netgloss.activations import Store
+        from netgloss.appraisal import EvaluationOptions, evaluate_run, pick_device
+        from netgloss.dissect_run import dissect_run
         from netgloss.pipeline import open_sources
         from netgloss.run import Run
 
         source = open_sources(self.images, self.eval_images) if self.images else None
+        run = Run(self.run_folder)
         with Bars() as bars:
-            run = evaluate_run(
-                Run(self.run_folder),
-                source=source,
-                options=EvaluationOptions(untrained_images=self.untrained_images, max_images=self.max_images),
-                device=self.device,
-                progress=bars,
-            )
+            if self.annotations is None or self.images or not run.scores:
+                run = evaluate_run(
+                    run,
+                    source=source,
+                    options=EvaluationOptions(untrained_images=self.untrained_images, max_images=self.max_images),
+                    device=self.device,
+                    progress=bars,
+                )
+            if self.annotations is not None:
+                classifier = run.classifier().to(pick_device(self.device))
+                store = Store.open(run.manifest["store"])
+                dissect_run(run, self.annotations, store=store, source=source, classifier=classifier, progress=bars)
+                if (run.path / "report.html").exists():
+                    run.write_report()
         print_scores(run)
 
 

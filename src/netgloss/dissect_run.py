@@ -1,0 +1,258 @@
+"""Judges a fitted run against masks: dissection scores beside controls at the same on-rate, and labels for its
+concepts.
+
+Labels and thresholds come from 60 % of the annotated images, scores from the others, which must not be images of the
+fit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from netgloss.activations import CaptureOptions, Store, capture
+from netgloss.appraisal import split_store
+from netgloss.dissect import Dissected, MaskedLayer, dissect, significance, split_annotated
+from netgloss.errors import UserError
+from netgloss.evaluation import make_controls
+from netgloss.metrics import Score, interval
+from netgloss.metrics.dissection import DETECTOR_IOU
+from netgloss.metrics.dissection_rates import PUBLISHED_RATE
+from netgloss.progress import Progress, Silent
+from netgloss.run import Run, save_figure, to_json, write_atomically
+from netgloss.training import ActivationStream
+
+if TYPE_CHECKING:
+    from netgloss.classifiers import Classifier
+    from netgloss.data import ImageSource
+    from netgloss.explainers.base import Explainer
+
+_MEANING = {
+    "S1": "sum over concepts of the IoU with their label's mask; grows with the number of concepts and the on-rate",
+    "S1x": "S1 less what scattered masks of the same sizes reach",
+    "S1xl": "S1 less what the same masks reach on another image's labels, so without what layout alone gives",
+    "S2": "sum over labels of the best IoU of their concepts; cannot exceed the number of labels",
+    "S2x": "S2 less what scattered masks of the same sizes reach",
+    "S2xl": "S2 less what the same masks reach on another image's labels",
+    "detectors": f"concepts with an IoU above {DETECTOR_IOU}; a mask of the right size passes it by chance",
+    "unique_detectors": f"distinct labels among the concepts with an IoU above {DETECTOR_IOU}",
+}
+_SHOWN = 12
+
+
+def open_annotated(annotations: str, source: ImageSource | None) -> ImageSource:
+    """The annotated images: those beside the annotations (a folder ``images``), scenes that annotate themselves
+    (``critters:N,seed=S``), else ``source``, the run's own images."""
+    from netgloss.data import open_images
+
+    path = Path(annotations)
+    if not path.exists() and annotations.split(":")[0] == "critters":
+        return open_images(annotations)
+    folder = path if path.is_dir() else path.parent
+    if (folder / "images").is_dir():
+        return open_images(folder / "images", annotations=path)
+    if source is None and path.exists():
+        raise UserError(f"{path} has no folder 'images' beside it: pass the annotated images by --images")
+    return open_images(source if source is not None else path, annotations=path)
+
+
+def dissect_run(
+    run: Run,
+    annotations: str,
+    *,
+    store: Store,
+    source: ImageSource | None = None,
+    classifier: Classifier,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Adds dissection scores to a run's scores, labels to its concepts, and ``dissection.json`` with every detector.
+
+    Parameters
+    ----------
+    annotations : see :func:`open_annotated`.
+    store : the activations of the fit, for the controls (the layer's own axes, random directions), which are judged at
+        the run's own on-rate.
+    source : the images of the run, with which annotated ones are compared.
+
+    Raises
+    ------
+    UserError : no annotations; a score image that the run was fitted on.
+    """
+    progress = progress or Silent()
+    images = open_annotated(annotations, source)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "store"
+        capturing = CaptureOptions(logits=False)
+        captured = capture(classifier, images, [run.layer], out, options=capturing, progress=progress)
+        data = MaskedLayer(captured, run.layer, images, classifier.preprocessing)
+        label_images, score_images = split_annotated(data)
+        fit_images, _ = split_store(store)
+        _refuse_fit_images(store, fit_images, images, source, score_images)
+        label, score = (data, label_images), (data, score_images)
+        explainers = [e.cpu() for e in run.explainers()]
+        controls = make_controls(
+            ActivationStream(store, run.layer, fit_images),
+            explainers[0].spec,
+            num_concepts=explainers[0].num_concepts,
+            seeds=run.seeds,
+        )
+        rules = ["own", f"rate:{PUBLISHED_RATE:g}"]
+        progress.start("dissect", len(explainers) + sum(map(len, controls.values())), unit="explainers")
+        found = []
+        for explainer in explainers:
+            by_rule = dissect(explainer, label, score, rules, replicates=200)
+            found.append(next(iter(by_rule.values())))
+            progress.advance()
+        rate = f"rate:{np.mean([one.label_rate for one in found]):.4g}"
+        beside: dict[str, list[Dissected]] = {}
+        for name, others in controls.items():
+            for other in others:
+                beside.setdefault(name, []).append(dissect(other.cpu(), label, score, [rate])[rate])
+                progress.advance()
+        progress.finish()
+        test = significance(explainers[0], found[0], data, score_images)
+        scores = _scores(found, beside, len(score_images), rate)
+        kept = [s for s in run.scores if not s.metric.startswith("dissection_")]
+        run.write_scores(kept + scores)
+        records = _records(found[0], test)
+        _label_concepts(run, records)
+        record = {"annotations": annotations, "rule": found[0].rule, "matched": rate, "concepts": records}
+        write_atomically(run.path / "dissection.json", to_json(record))
+        _write_proof(run, explainers[0], found[0], records, data, images, classifier, score_images)
+    return scores
+
+
+def _refuse_fit_images(
+    store: Store, fit_images: np.ndarray, images: ImageSource, source: ImageSource | None, score_images: np.ndarray
+) -> None:
+    """Score images must not be images of the fit: told by content, if the run's images are at hand."""
+    if source is None or store.key.data_fingerprint != source.fingerprint:
+        return
+    fitted = {source._digest(int(i)) for i in fit_images}
+    shared = [images.ids[i] for i in score_images.tolist() if images._digest(i) in fitted]
+    if shared:
+        raise UserError(
+            f"{len(shared)} of {len(score_images)} annotated score images are images of the fit ({shared[0]}, ...): "
+            "annotate images that the run has not seen"
+        )
+
+
+def _scores(found: list[Dissected], beside: dict[str, list[Dissected]], images: int, rate: str) -> list[Score]:
+    scores = []
+    for name, meaning in _MEANING.items():
+        values = torch.tensor([one.scores()[name] for one in found], dtype=torch.float64)
+        replicates = torch.stack([one.phi_replicates.sum(1) for one in found]) if name == "S1" else None
+        low, high = interval(values, replicates)
+        scores.append(
+            Score(
+                metric=f"dissection_{name}",
+                value=float(values.mean()),
+                low=low,
+                high=high,
+                baselines={k: float(np.mean([o.scores()[name] for o in others])) for k, others in beside.items()},
+                n=images,
+                seeds=len(found),
+                higher_is_better=True,
+                definition=f"{meaning}. Threshold: {found[0].rule} (on-rate {found[0].label_rate:.4f}); the baselines "
+                f"are judged at the same on-rate ({rate}). Labels come from other annotated images.",
+            )
+        )
+    return scores
+
+
+def _records(found: Dissected, test: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Everything about every concept of one explainer."""
+    detectors, names = found.detectors, found.detectors.vocabulary.labels
+
+    def name(k: int) -> str | None:
+        return names[k] if k >= 0 else None
+
+    return [
+        {
+            "id": i,
+            "label": name(int(detectors.labels[i])),
+            "iou": float(detectors.phi[i]),
+            "chance": float(detectors.chance[i]),
+            "layout_chance": float(detectors.layout[i]),
+            "precision": float(detectors.precision[i]),
+            "recall": float(detectors.recall[i]),
+            "runner_up": name(int(found.runner_up[i])),
+            "runner_up_iou": float(found.runner_up_iou[i]),
+            "threshold": float(found.thresholds[i]),
+            "p": float(test["p"][i]),
+            "z": float(test["z"][i]),
+            "significant": bool(test["significant"][i]),
+        }
+        for i in range(len(detectors.phi))
+    ]
+
+
+def _is_detector(record: dict[str, Any]) -> bool:
+    return record["label"] is not None and record["iou"] > DETECTOR_IOU and record["significant"]
+
+
+def _label_concepts(run: Run, records: list[dict[str, Any]]) -> None:
+    """A concept carries its label if it is a detector and the permutation test agrees."""
+    if not (run.path / "concepts.json").exists():
+        return
+    content = run.concepts
+    by_id = {record["id"]: record for record in records}
+    for concept in content["concepts"]:
+        record = by_id[concept["id"]]
+        keep = ("runner_up", "runner_up_iou", "chance", "layout_chance", "precision", "recall", "p", "threshold")
+        concept["label"] = (
+            {
+                "text": record["label"],
+                "metric": f"IoU with its masks (chance {record['chance']:.3f}, next {record['runner_up'] or 'none'})",
+                "value": record["iou"],
+                **{k: record[k] for k in keep},
+            }
+            if _is_detector(record)
+            else None
+        )
+    run.write_concepts(content)
+
+
+@torch.no_grad()
+def _write_proof(
+    run: Run,
+    explainer: Explainer,
+    found: Dissected,
+    records: list[dict[str, Any]],
+    data: MaskedLayer,
+    images: ImageSource,
+    classifier: Classifier,
+    score_images: np.ndarray,
+    *,
+    columns: int = 6,
+) -> None:
+    """For the best detectors, the score images with the strongest response: contour of the concept over the mask."""
+    from netgloss.figures.dissection import concept_contours
+
+    best = sorted(filter(_is_detector, records), key=lambda record: -record["iou"])[:_SHOWN]
+    if not best or len(data.store.shapes[data.layer]) != 3:
+        return
+    picks = torch.tensor([record["id"] for record in best])
+    maps = torch.cat([explainer.encode(activation)[:, picks] for _, activation in data.batches(score_images)])
+    strongest = maps.flatten(2).amax(2).argsort(dim=0, descending=True)[:columns]
+    for place, record in enumerate(best):
+        chosen = strongest[:, place].tolist()
+        masks = data.masks(score_images[chosen]).labels[:, int(found.detectors.labels[record["id"]])].numpy()
+        pictures = [
+            classifier.preprocessing.pixels(images.image(int(score_images[k]))).permute(1, 2, 0).clamp(0, 1).numpy()
+            for k in chosen
+        ]
+        figure = concept_contours(
+            pictures,
+            [maps[k, place].numpy() for k in chosen],
+            [record["threshold"]] * len(chosen),
+            [images.ids[int(score_images[k])] for k in chosen],
+            masks=list(masks),
+            title=f"concept {record['id']}: {record['label']}, IoU {record['iou']:.2f} (chance {record['chance']:.2f})",
+            columns=columns,
+        )
+        save_figure(run.path / "dissection", f"concept-{record['id']}", figure, record)
