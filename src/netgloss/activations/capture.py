@@ -198,6 +198,7 @@ def _capture_chunks(
         Taps(classifier.net, store.layers, stop=not options.logits) as taps,
         ThreadPoolExecutor(max_workers=1) as writer,
     ):
+        taps(torch.zeros(1, *classifier.input_shape, device=classifier.device))  # learns how often each layer runs
         for chunk in pending:
             buffer = _ChunkBuffer(store, chunk, options)
             while not buffer.full:
@@ -205,8 +206,7 @@ def _capture_chunks(
                 skipped += sum(r != "" for r in reasons)
                 if options.strict and any(reasons):
                     raise UserError(next(r for r in reasons if r))
-                batch = pixels.to(classifier.device, memory_format=torch.channels_last, non_blocking=True)
-                buffer.add(taps(batch), taps.logits if options.logits else None, reasons)
+                buffer.add(taps(pixels), taps.logits if options.logits else None, reasons)
                 progress.advance(len(reasons), note=f"{skipped} skipped" if skipped else "")
             if last is not None:
                 last.result()
@@ -299,7 +299,7 @@ def sample_positions(image_id: str, num_positions: int, count: int, *, seed: int
 
 
 class PreparedImages(Dataset[tuple[Tensor, str]]):
-    """Images of a source, preprocessed; an unreadable one gives a blank and the reason."""
+    """Images of a source, resized and cropped, as bytes; an unreadable one gives a blank and the reason."""
 
     def __init__(self, source: ImageSource, preprocessing: Any, indices: Sequence[int], blank: Sequence[int]) -> None:
         self.source, self.preprocessing, self.indices, self.blank = source, preprocessing, indices, tuple(blank)
@@ -309,13 +309,15 @@ class PreparedImages(Dataset[tuple[Tensor, str]]):
 
     def __getitem__(self, item: int) -> tuple[Tensor, str]:
         try:
-            return self.preprocessing(self.source.image(self.indices[item])), ""
+            return self.preprocessing.bytes(self.source.image(self.indices[item])), ""
         except UserError as error:
-            return torch.zeros(self.blank), str(error) or "unreadable"
+            return torch.zeros(self.blank, dtype=torch.uint8), str(error) or "unreadable"
 
 
 def _stack(items: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
-    return torch.stack([image for image, _ in items]), [reason for _, reason in items]
+    """Batch (B, C, H, W) in channels-last memory, as the images have it: nothing is rearranged."""
+    images_BHWC = torch.stack([image.permute(1, 2, 0) for image, _ in items])
+    return images_BHWC.permute(0, 3, 1, 2), [reason for _, reason in items]
 
 
 class _BatchList:
@@ -354,7 +356,8 @@ def image_batches(
     batches: list[list[int]] | None = None,
     workers: int | None = None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Preprocessed images (B, channels, height, width) with the reason of each unreadable one, in order."""
+    """Network inputs (B, channels, height, width) on the classifier's device, in channels-last memory, with the reason
+    of each unreadable image, in order. Images travel as bytes and are normalised a batch at a time."""
     dataset = PreparedImages(source, classifier.preprocessing, indices, classifier.input_shape)
     if batches is None:
         everything = list(range(len(indices)))
@@ -369,4 +372,6 @@ def image_batches(
         pin_memory=classifier.device.type == "cuda",
         persistent_workers=False,
     )
-    return iter(loader)
+    for pixels, reasons in loader:
+        pixels = pixels.to(classifier.device, non_blocking=True)
+        yield classifier.preprocessing.batch(pixels), reasons

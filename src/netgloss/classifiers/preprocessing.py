@@ -110,7 +110,11 @@ class Preprocessing:
         return self.normalise(self.pixels(image))
 
     def pixels(self, image: Image | np.ndarray) -> Tensor:
-        """(C, H, W) float32 in [0, 1]: the resized and cropped image before normalisation.
+        """(C, H, W) float32 in [0, 1]: the resized and cropped image before normalisation."""
+        return self.bytes(image).float().div_(255)
+
+    def bytes(self, image: Image | np.ndarray) -> Tensor:
+        """(C, H, W) uint8: the resized and cropped image; its memory is (H, W, C), as images have it.
 
         An image that already has the input's size and needs no resizing is only converted.
         """
@@ -121,7 +125,7 @@ class Preprocessing:
                 raise UserError(f"an image array must be uint8 (h, w) or (h, w, 1, 3 or 4), got {image.dtype} {shape}")
             fits = (shape[2] if image.ndim == 3 else 1) == self.channels
             if fits and self._is_identity(shape[1], shape[0]):
-                return _to_tensor(image)
+                return _channels_first(image)
             from PIL import Image as pil
 
             image = pil.fromarray(image[:, :, 0] if image.ndim == 3 and shape[2] == 1 else image)
@@ -135,7 +139,14 @@ class Preprocessing:
                 size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
                 image = tvf.resize(image, size, interpolation=InterpolationMode(self.interpolation))
             image = tvf.center_crop(image, list(self.size))
-        return _to_tensor(np.asarray(image))
+        return _channels_first(np.asarray(image))
+
+    def batch(self, pixels: Tensor) -> Tensor:
+        """The network's input (B, C, H, W), float32, of a batch of :meth:`bytes`, on their device and in their memory
+        order: what ``__call__`` gives for each, within rounding."""
+        scale = 1 / (255 * torch.tensor(self.std, device=pixels.device))
+        shift = -torch.tensor(self.mean, device=pixels.device) / torch.tensor(self.std, device=pixels.device)
+        return pixels.float().mul_(scale[:, None, None]).add_(shift[:, None, None])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(pixels - mean) / std for (..., C, H, W) in [0, 1]; differentiable."""
@@ -202,7 +213,6 @@ def _crop_offset(image: int, crop: int) -> int:
     return (crop - image) // 2 if crop > image else -round((image - crop) / 2)
 
 
-def _to_tensor(array: np.ndarray) -> Tensor:
-    """uint8 (H, W) or (H, W, C) -> float32 (C, H, W) in [0, 1]."""
-    pixels_HWC = torch.from_numpy(np.array(array if array.ndim == 3 else array[:, :, None]))
-    return pixels_HWC.permute(2, 0, 1).contiguous().float().div_(255)
+def _channels_first(array: np.ndarray) -> Tensor:
+    """uint8 (H, W) or (H, W, C) -> uint8 (C, H, W), a view of a copy."""
+    return torch.from_numpy(np.array(array if array.ndim == 3 else array[:, :, None])).permute(2, 0, 1)
