@@ -88,6 +88,11 @@ def explain_class(
     return Contributions(values.detach(), chosen.detach(), torch.where(base.isnan(), chosen, base).detach())
 
 
+def strongest(values: Tensor, count: int) -> list[int]:
+    """Concepts of the largest absolute values (K,), strongest first, at most ``count``, without those that are 0."""
+    return [k for k in values.abs().argsort(descending=True)[:count].tolist() if values[k] != 0]
+
+
 def significant(values: Tensor, *, share: float = 0.9) -> Tensor:
     """(B,) number of concepts that make up ``share`` of each image's positive contributions (B, K); 0 without any.
 
