@@ -27,7 +27,7 @@ from netgloss.evaluation import (
     per_concept_stability,
     shuffled_subject,
 )
-from netgloss.explainers.base import find_explainer
+from netgloss.explainers.base import Explainer, find_explainer
 from netgloss.gloss import GlossOptions, make_gloss
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run
@@ -123,6 +123,7 @@ def evaluate_run(
         warnings.append("the images' class names are not among the classifier's: accuracies are left out")
     if tail.mode != "graph":
         warnings.append(f"logits are computed by replaced forwards: {tail.reason}")
+    warnings += _uncovered(explainers[0], store, judged)
     with _timed(run, "evaluate"):
         mean, variance = moments(stream)
         controls = make_controls(stream, explainers[0].spec, num_concepts=explainers[0].num_concepts, seeds=run.seeds)
@@ -170,6 +171,18 @@ def evaluate_run(
         num_judged=len(judged),
     )
     return run
+
+
+def _uncovered(explainer: Explainer, store: Store, images: np.ndarray) -> list[str]:
+    """Says how many predictions lie outside the classes whose scores the explainer rebuilds."""
+    logits, told = store.read_logits(images), explainer.explained_classes
+    missing = 0 if logits is None or told is None else int((~np.isin(logits.argmax(axis=1), told)).sum())
+    if not missing:
+        return []
+    return [
+        f"{missing} of {len(images)} judged images are predicted as classes that are not explained: their winning "
+        "logit is left as it is, which counts as agreement and as no error"
+    ]
 
 
 def moments(stream: ActivationStream) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,8 +75,16 @@ class Layer:
                 logits = tail(activation) if stored is None else torch.from_numpy(stored).to(activation.device)
             labels = torch.from_numpy(self.labels[index]).to(activation.device)
             if self.pooled:
-                tail, activation = spread_tail(tail, tuple(activation.shape[2:])), activation.flatten(2).mean(dim=2)
+                tail = spread_tail(tail, tuple(activation.shape[2:]))
+                activation = activation.mean(dim=(2, 3)) if activation.ndim == 4 else activation
             yield LayerBatch(torch.from_numpy(index).long(), activation, logits, labels, tail)
+
+    def maps(self, images: np.ndarray, *, batch_size: int = 64) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Image indices and activations before pooling, (B, C, H, W), of a pooled map layer; nothing of others."""
+        if self.pooled and len(self.store.shapes[self.name]) == 3:
+            for start in range(0, len(images), batch_size):
+                index = images[start : start + batch_size]
+                yield index, torch.from_numpy(self.store.read(self.name, index)).float().to(self.classifier.device)
 
     @property
     def labels(self) -> np.ndarray:
@@ -91,8 +99,10 @@ class Layer:
         from netgloss.activations import image_batches
 
         pixels, _ = next(image_batches(self.classifier, self.source, list(index), batch_size=len(index), workers=0))
-        pixels = pixels.to(self.classifier.device)
-        return lambda activation: self.tail(activation, images=pixels)
+        return lambda activation: self.tail(
+            activation,
+            images=pixels.repeat(len(activation) // len(pixels), 1, 1, 1),  # several versions an image
+        )
 
 
 @dataclass(frozen=True)

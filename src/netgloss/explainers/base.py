@@ -232,6 +232,11 @@ class Explainer(nn.Module):
         """What the K concepts are called where they are shown."""
         return [f"concept {k}" for k in range(self.num_concepts)]
 
+    @property
+    def explained_classes(self) -> list[int] | None:
+        """Classes whose scores the concepts tell; None for all."""
+        return None
+
     def rebuilt_logits(self, concepts: Tensor, logits: Tensor) -> Tensor | None:
         """Methods that rebuild class scores themselves: ``logits`` (B, classes) with theirs put in.
 

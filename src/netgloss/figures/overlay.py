@@ -109,6 +109,7 @@ def image_explanation(
     base: float = 0.0,
     gap: float | None = None,
     thresholds: Sequence[float | None] = (),
+    weighted: bool = False,
 ) -> Figure:
     """Why one image got its prediction: the image, its top concepts with maps, and what each adds to the logit.
 
@@ -122,6 +123,8 @@ def image_explanation(
     logit : the network's own logit of the prediction; rebuilt : the logit from the decoded concepts; base : what
     remains without any concept; gap : what base and all concepts miss of ``logit`` (default ``logit - rebuilt``,
     which is the same where contributions are exact).
+    weighted : draw each map by :func:`weighted_overlay` and tell the last word of its name and its contribution
+    as a share of the strongest one.
     """
     if not len(maps) == len(contributions) == len(names):
         raise UserError(
@@ -150,6 +153,13 @@ def image_explanation(
         low, high = _scale([concept_map])
         threshold = thresholds[k] if k < len(thresholds) else high / 2
         axes = figure.add_subplot(layout[place // columns, place % columns])
+        if weighted:
+            share = contributions[k] / max(map(abs, contributions))
+            _show(axes, weighted_overlay(image, concept_map, abs(share)), None)
+            caption = f"{names[k].rsplit(' ', 1)[-1]}\nContribution: {number(share, signed=True)}"
+            tone = VALUE if share > 0 else AGAINST
+            axes.set_title(caption, fontsize=8, color=tone, alpha=0.4 + 0.6 * abs(share), parse_math=False)
+            continue
         _show(axes, image, concept_map, low=low, high=high, threshold=threshold)
         axes.set_title(
             f"{brief(names[k], 18)}  {number(contributions[k], signed=True)}", fontsize=8, color=INK, parse_math=False
@@ -171,6 +181,41 @@ def image_explanation(
         told += f"\nthe concepts alone rebuild a logit of {number(rebuilt)}"
     axes.set_xlabel(told, fontsize=8, color=INK)
     return figure
+
+
+def weighted_overlay(image: Array, concept_map: Array, strength: float) -> npt.NDArray[np.float32]:
+    """A concept's heat as the XNN papers draw it: ``(1 - m^0.8) image + m^0.8 jet(m)``, dimmed by its contribution.
+
+    The map is scaled to [0, 1], resized bicubically, smoothed by a Gaussian of 2 % of the longer side and scaled again.
+    The brightness is ``0.3 + 0.7 strength``.
+
+    Parameters
+    ----------
+    image : (H, W, 3) or (H, W), uint8 or float in [0, 1]. concept_map : (h, w).
+    strength : |contribution| / strongest |contribution|, in [0, 1].
+
+    Returns
+    -------
+    (H, W, 3) float32 in [0, 1].
+    """
+    from matplotlib import colormaps
+    from PIL import Image
+    from scipy.ndimage import gaussian_filter
+
+    rgb = _rgb(image)
+    height, width = rgb.shape[:2]
+    small = Image.fromarray(_unit(np.asarray(concept_map, dtype=np.float32)))
+    resized = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+    heat = _unit(gaussian_filter(resized, 0.02 * max(height, width)))
+    weight = heat[..., None] ** 0.8
+    mixed = (1 - weight) * rgb + weight * colormaps["jet"](heat)[..., :3]
+    return np.asarray(np.clip(mixed, 0, 1) * (0.3 + 0.7 * strength), dtype=np.float32)
+
+
+def _unit(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scaled to [0, 1]; zeros where all are equal."""
+    low, high = float(values.min()), float(values.max())
+    return np.asarray((values - low) / (high - low) if high > low else np.zeros_like(values), dtype=np.float32)
 
 
 def _rgb(image: Array) -> npt.NDArray[np.float32]:

@@ -15,12 +15,15 @@ import torch
 
 from netgloss.evaluation import Layer
 from netgloss.explainers.base import Explainer
+from netgloss.gloss.deletion import cross_deletion
+from netgloss.gloss.heatmaps import concept_heatmaps
 from netgloss.gloss.sums import EPS, ConceptSums, by_position, concept_sums
-from netgloss.metrics.importance import explain_class
+from netgloss.metrics.importance import explain_class, strongest
 from netgloss.progress import Progress, Silent
 
 _CONTOUR_QUANTILE = 0.98
 _ROWS_FOR_QUANTILE = 200_000
+_MATTERS = 0.02
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,26 @@ def make_gloss(
     options = options or GlossOptions()
     images = np.sort(np.concatenate([fit_images, heldout_images]))
     sums = concept_sums(explainer, layer, images, gallery=options.gallery, progress=progress or Silent())
-    examples = _choose_examples(sums, layer, heldout_images if len(heldout_images) else images, options)
+    told = explainer.explained_classes
+    candidates = heldout_images if len(heldout_images) else images
+    if told is not None:
+        candidates = np.array([i for i in candidates.tolist() if sums.predictions[i][0] in told], dtype=int)
+        sums.by_class = {c: entry for c, entry in sums.by_class.items() if c in told}
+    examples = _choose_examples(sums, layer, candidates, options)
     shown = sorted({*sums.top_images.flatten().tolist(), *examples})
     codes = _codes(explainer, layer, np.array(shown))
     histograms, ranges = _histograms(explainer, layer, sums, images, options)
-    explained = _explain_examples(explainer, layer, examples, ranges, options)
+    drawn = {i: value for part in layer.maps(np.array(shown)) for i, value in _heat(explainer, *part).items()} or codes
+    if drawn is not codes:
+        ranges = _heat_ranges(drawn)
+    explained = _explain_examples(explainer, layer, examples, drawn, ranges, options)
+    names = explainer.name_concepts()
     place = {image: position for position, image in enumerate(shown)}
     influence = sums.influence_K / sums.influence_K.sum().clamp_min(EPS)
     concepts = [
         {
             "id": k,
-            "name": f"concept {k}",
+            "name": names[k],
             "label": None,
             "share_active": float(sums.active_K[k] / sums.rows),
             "mean": float(sums.total_K[k] / sums.rows),
@@ -102,7 +114,7 @@ def make_gloss(
             "histogram": histograms[k],
             "stability": None if stability is None else stability[k],
             "gallery": [
-                {"image": place[i], "value": float(codes[i][k].max()), "map": ranges[k].encode(codes[i][k])}
+                {"image": place[i], "value": float(codes[i][k].max()), "map": ranges[k].encode(drawn[i][k])}
                 for i in sums.top_images[:, k].tolist()
                 if float(codes[i][k].max()) > float(sums.low_K[k])  # a dead concept has no strongest image
             ],
@@ -111,14 +123,17 @@ def make_gloss(
         }
         for k in range(sums.num_concepts)
     ]
+    pages = _class_pages(sums, layer.classifier.class_names, options)
+    if told is not None and drawn is not codes and layer.source is not None:
+        _add_deletion(pages, explainer, layer, candidates, sums)
     content = {
         "format_version": 1,
         "layer": layer.name,
-        "grid": list(explainer.spec.grid),
-        "importance": _importance_note(sums, affine=affine),
+        "grid": list(layer.store.shapes[layer.name][1:] if drawn is not codes else explainer.spec.grid),
+        "importance": _importance_note(sums, affine=affine, own=told is not None),
         "images": _image_entries(sums, layer, shown, set(heldout_images.tolist()), explained),
         "concepts": concepts,
-        "classes": _class_pages(sums, layer.classifier.class_names, options),
+        "classes": pages,
     }
     return content, {_thumbnail(i): i for i in shown}
 
@@ -134,6 +149,18 @@ def _codes(explainer: Explainer, layer: Layer, images: np.ndarray) -> dict[int, 
         for batch in layer.batches(images):
             found.update(zip(batch.index.tolist(), explainer.encode(batch.activation).cpu().numpy(), strict=True))
     return found
+
+
+def _heat(explainer: Explainer, images: np.ndarray, maps: torch.Tensor) -> dict[int, np.ndarray]:
+    """Heat (K, H, W) of the concepts of a pooled layer, by image."""
+    heat = concept_heatmaps(explainer.encode, maps, range(explainer.num_concepts)).half().cpu().numpy()
+    return dict(zip(images.tolist(), heat, strict=True))
+
+
+def _heat_ranges(heat: dict[int, np.ndarray]) -> list[ConceptRange]:
+    """One scale a concept over the images shown; the contour is at half of its strongest heat."""
+    tops = np.max([value.max(axis=(1, 2)) for value in heat.values()], axis=0).astype(float)
+    return [ConceptRange(low=0.0, high=top, contour=top / 2) for top in tops.tolist()]
 
 
 def _histograms(
@@ -180,7 +207,12 @@ def _choose_examples(sums: ConceptSums, layer: Layer, images: np.ndarray, option
 
 
 def _explain_examples(
-    explainer: Explainer, layer: Layer, examples: list[int], ranges: list[ConceptRange], options: GlossOptions
+    explainer: Explainer,
+    layer: Layer,
+    examples: list[int],
+    drawn: dict[int, np.ndarray],
+    ranges: list[ConceptRange],
+    options: GlossOptions,
 ) -> dict[int, dict[str, Any]]:
     if explainer.target != "activation" or not examples:
         return {}
@@ -192,7 +224,7 @@ def _explain_examples(
         parts = explain_class(explainer, batch.tail, codes, batch.logits, predicted)
         for row, image in enumerate(batch.index.tolist()):
             values_K = parts.values[row].cpu()
-            order = values_K.abs().argsort(descending=True)[: options.drivers].tolist()
+            order = strongest(values_K, options.drivers)
             logit, base = float(batch.logits[row, predicted[row]]), float(parts.base[row])
             found[image] = {
                 "class": layer.classifier.class_names[int(predicted[row])],
@@ -205,7 +237,7 @@ def _explain_examples(
                     {
                         "concept": k,
                         "contribution": float(values_K[k]),
-                        "map": ranges[k].encode(codes[row, k].cpu().numpy()),
+                        "map": ranges[k].encode(drawn[image][k]),
                     }
                     for k in order
                 ],
@@ -270,15 +302,32 @@ def _class_pages(sums: ConceptSums, names: list[str], options: GlossOptions, lim
                         "high": float(mean_K[k] + half_K[k]),
                         "share": float(mean_K[k].abs() / mean_K.abs().sum().clamp_min(EPS)),
                     }
-                    for k in mean_K.abs().argsort(descending=True)[:limit].tolist()
+                    for k in strongest(mean_K, limit)
                 ],
             }
         )
     return pages
 
 
-def _importance_note(sums: ConceptSums, *, affine: bool) -> dict[str, Any]:
-    if affine:
+def _add_deletion(
+    pages: list[dict[str, Any]], explainer: Explainer, layer: Layer, images: np.ndarray, sums: ConceptSums
+) -> None:
+    """The cross-deletion matrix of each class, on its surest images."""
+    for page in pages:
+        c = layer.classifier.class_names.index(page["class"])
+        own = [i for i in images.tolist() if sums.predictions[i][0] == c]
+        surest = sorted(own, key=lambda i: -sums.predictions[i][1])
+        concepts = [entry["concept"] for entry in page["concepts"] if entry["share"] >= _MATTERS]
+        if own and concepts:
+            page["deletion"] = cross_deletion(explainer, layer, np.array(surest), concepts)
+
+
+def _importance_note(sums: ConceptSums, *, affine: bool, own: bool) -> dict[str, Any]:
+    what = "its code times the gradient of the class's logit with respect to it, summed over positions"
+    if own:
+        what = "its weight in the class's rebuilt score times its value"
+        way = "Base and contributions add up to the rebuilt score exactly"
+    elif affine:
         way = "The network is affine from this layer on, so base and contributions add up to the rebuilt logit exactly"
     else:
         way = (
@@ -286,11 +335,10 @@ def _importance_note(sums: ConceptSums, *, affine: bool) -> dict[str, Any]:
             "logit; the completeness gap is what they leave unexplained"
         )
     return {
-        "kind": "exact" if affine else "gradient x concept",
+        "kind": "exact" if affine or own else "gradient x concept",
         "completeness_gap": {
             "mean_abs": sums.abs_gap / sums.explained if sums.explained else None,
             "relative": sums.abs_gap / sums.abs_scale if sums.abs_scale else None,
         },
-        "definition": "A concept's contribution is its code times the gradient of the class's logit with respect to "
-        f"it, summed over positions. {way}. What the reconstruction itself loses is told apart.",
+        "definition": f"A concept's contribution is {what}. {way}. What the reconstruction itself loses is told apart.",
     }

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from netgloss.evaluation import spread_tail
 from netgloss.explainers.base import Explainer
-from netgloss.metrics.importance import explain_class
+from netgloss.gloss.heatmaps import concept_heatmaps
+from netgloss.metrics.importance import explain_class, strongest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,36 +42,46 @@ def describe_image(
     """
     from netgloss.figures import image_explanation
 
+    if explainer.reads == "pooled":
+        tail = spread_tail(tail, tuple(activation.shape[2:]))
     with torch.no_grad():
         codes = explainer.encode(activation)
     predicted = logits.argmax(dim=1)
-    parts = explain_class(explainer, tail, codes, logits, predicted)
+    told = explainer.explained_classes
+    classes = predicted if told is None else torch.tensor(told, device=logits.device)[logits[:, told].argmax(dim=1)]
+    parts = explain_class(explainer, tail, codes, logits, classes)
     values_K = parts.values[0].cpu()
-    order = values_K.abs().argsort(descending=True)[:top].tolist()
-    logit, base, rebuilt = float(logits[0, predicted[0]]), float(parts.base[0]), float(parts.rebuilt[0])
-    name = class_names[int(predicted[0])]
+    order = strongest(values_K, top)
+    names = explainer.name_concepts()
+    logit, base, rebuilt = float(logits[0, classes[0]]), float(parts.base[0]), float(parts.rebuilt[0])
+    name, about = class_names[int(predicted[0])], class_names[int(classes[0])]
     probability = float(logits.softmax(dim=1)[0, predicted[0]])
-    maps = [codes[0, k].cpu().numpy() if codes.ndim == 4 else None for k in order]
+    drawn = codes
+    if explainer.reads == "pooled" and activation.ndim == 4:
+        drawn = concept_heatmaps(explainer.encode, activation, range(explainer.num_concepts))
+    maps = [drawn[0, k].cpu().numpy() if drawn.ndim == 4 else None for k in order]
     gap = logit - base - float(values_K.sum())
     figure = image_explanation(
         picture,
         maps,
         [float(values_K[k]) for k in order],
-        [f"concept {k}" for k in order],
-        prediction=name,
+        [names[k] for k in order],
+        prediction=name if about == name else f"{name} (explained: the score of {about})",
         probability=probability,
         logit=logit,
         rebuilt=rebuilt,
         base=base,
         gap=gap,
+        weighted=told is not None,
     )
     numbers = {
         "prediction": name,
+        "explained_class": about,
         "probability": probability,
         "logit": logit,
         "rebuilt_logit": rebuilt,
         "base": base,
         "gap": gap,
-        "contributions": {f"concept {k}": float(values_K[k]) for k in values_K.abs().argsort(descending=True).tolist()},
+        "contributions": {names[k]: float(values_K[k]) for k in values_K.abs().argsort(descending=True).tolist()},
     }
     return figure, numbers

@@ -116,6 +116,10 @@ CONCEPTS = {
             "concepts": [
                 {"concept": "index", "contribution": "number?", "low": "number?", "high": "number?", "share": "number?"}
             ],
+            "deletion": (
+                "?",
+                {"concepts": ["index"], "lost": [["number?"]], "random": ["number?"], "images": "index"},
+            ),
         }
     ],
 }
@@ -257,6 +261,10 @@ def _check_references(path: Path, concepts: dict[str, Any]) -> None:
                     f"{path}: concepts[{i}].gallery[{j}].image is {entry['image']}, there are {num_images} images"
                 )
     drivers = [d for image in concepts["images"] if image["explained"] for d in image["explained"]["drivers"]]
+    named = [k for entry in concepts["classes"] if entry["deletion"] for k in entry["deletion"]["concepts"]]
+    for k in named:
+        if k >= num_concepts:
+            raise UserError(f"{path} refers to concept {k}, there are {num_concepts} concepts")
     for use in drivers + [c for entry in concepts["classes"] for c in entry["concepts"]]:
         if use["concept"] >= num_concepts:
             raise UserError(f"{path} refers to concept {use['concept']}, there are {num_concepts} concepts")
