@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from netgloss.activations.store import Store, StoreInfo, StoreKey, estimate_bytes, stored_shape
 from netgloss.errors import UserError
+from netgloss.run import write_atomically
 
 KEY = StoreKey(weights_hash="w" * 64, preprocessing={"size": [8, 8]}, layers=("a", "b.c"), data_fingerprint="d" * 64)
 SHAPES = {"a": (3, 2, 2), "b.c": (5,)}
@@ -183,6 +185,30 @@ def test_a_read_only_target_is_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="permission denied"):
         make_store(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, number: int, reason: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(UserError, match=f"cannot write to .*: {reason}"):
+            make_store(tmp_path / "deep" / "s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", refuse)
+        with pytest.raises(UserError, match=reason):
+            write_atomically(tmp_path / "run.json", "{}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
