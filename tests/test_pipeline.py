@@ -223,6 +223,16 @@ def test_a_module_of_your_own_with_hidden_layers(tmp_path: Path) -> None:
         run.classifier()
 
 
+def test_random_weights_are_told(nmf_run: Run, tmp_path: Path) -> None:
+    untrained = netgloss.load_classifier("critters").untrained(0)
+    options = netgloss.EvaluationOptions(untrained_images=0)
+    run = netgloss.explain(
+        "pca", untrained, "block5", "critters:20", out=tmp_path / "r", num_concepts=2, seeds=1, evaluation=options
+    )
+    assert any("random weights" in warning for warning in run.manifest["warnings"])
+    assert not any("random weights" in warning for warning in nmf_run.manifest["warnings"])
+
+
 def test_one_image_is_enough(tmp_path: Path) -> None:
     netgloss.open_images("critters:1").image(0).save(tmp_path / "only.png")
     run = netgloss.explain(

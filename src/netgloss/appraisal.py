@@ -121,6 +121,8 @@ def evaluate_run(
     affine = tail.mode == "graph" and tail.is_affine(store.shapes[run.layer])
     if store.info.class_names and (layer.labels < 0).all():
         warnings.append("the images' class names are not among the classifier's: accuracies are left out")
+    if run.manifest["model"].get("random_weights"):
+        warnings.append("the network has random weights: its concepts and scores say nothing of a trained one")
     if tail.mode != "graph":
         warnings.append(f"logits are computed by replaced forwards: {tail.reason}")
     warnings += _uncovered(explainers[0], store, judged)
