@@ -215,7 +215,7 @@ def test_accepted_modules_stay_as_they_are(tmp_path: Path) -> None:
     explainer.accepted[0] = True
     before = copy.deepcopy(explainer.state_dict())
     optimizer = explainer.optimizer()
-    batches = stream.batches(50, seed=0, logits=True)
+    batches = stream.batches(50, seed=0, fields=("logits", "labels"))
     for step in range(34):
         batch = next(batches)
         sum(explainer.losses(dataclasses.replace(batch, step=step)).values(), start=torch.zeros(())).backward()
@@ -334,7 +334,7 @@ def test_joint_terms_are_the_formula(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", ["released", "sae", "nn", "nn-pt", "no-pull-away"])
 def test_every_ablation_trains_what_it_says(tmp_path: Path, preset: str) -> None:
     explainer, stream = fitted(tmp_path, preset=preset, steps=34, num_concepts=2)
-    batch = next(stream.batches(30, seed=1, logits=True))
+    batch = next(stream.batches(30, seed=1, fields=("logits", "labels")))
     terms = set(explainer.losses(dataclasses.replace(batch, step=33)))
     expected = {
         "released": {"faith", "reconstruction", "pull_away", "decay"},
@@ -388,7 +388,7 @@ def test_batches_hold_their_share_of_each_class(tmp_path: Path) -> None:
     logits = torch.zeros(400, 3)
     logits[:, 2] = 1  # what has no label is predicted as class 2
     stream = stream_of(tmp_path / "s", torch.arange(400.0)[:, None], logits, labels)
-    batches = stream.batches(50, seed=0, logits=True, balance=((0, 1), 0.4))
+    batches = stream.batches(50, seed=0, fields=("logits", "labels"), balance=((0, 1), 0.4))
     seen = []
     for _ in range(13):  # 400 entries in turns of 30
         batch = next(batches)
@@ -397,8 +397,8 @@ def test_batches_hold_their_share_of_each_class(tmp_path: Path) -> None:
         assert int((batch.labels == 1).sum()) >= 10
         seen.append(batch.activation[:30, 0])
     assert len(torch.cat(seen).unique()) == 390  # the rest comes in turn, without repeats
-    late = next(stream.batches(50, seed=0, start=7, logits=True, balance=((0, 1), 0.4)))
-    again = stream.batches(50, seed=0, logits=True, balance=((0, 1), 0.4))
+    late = next(stream.batches(50, seed=0, start=7, fields=("logits", "labels"), balance=((0, 1), 0.4)))
+    again = stream.batches(50, seed=0, fields=("logits", "labels"), balance=((0, 1), 0.4))
     early = [next(again) for _ in range(8)][-1]
     torch.testing.assert_close(late.index, early.index)
     assert late.step == early.step == 7

@@ -117,7 +117,7 @@ def test_an_epoch_holds_every_row_once_whatever_the_memory(tmp_path: Path, memor
 def test_entries_know_their_image_logits_and_label(tmp_path: Path) -> None:
     labels = np.arange(300) % 7 - 1
     stream = ActivationStream(make_store(tmp_path / "s"), "map", np.arange(5, 300), labels=labels)
-    batch = next(stream.batches(64, seed=0, logits=True))
+    batch = next(stream.batches(64, seed=0, fields=("logits", "labels")))
     torch.testing.assert_close(batch.activation[:, 0].floor().long(), batch.index)
     assert batch.logits is not None
     torch.testing.assert_close(batch.logits[:, 1].long(), batch.index)

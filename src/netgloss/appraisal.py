@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from netgloss.activations import CaptureOptions, Store, capture, image_batches
+from netgloss.activations import CaptureOptions, Store, capture
 from netgloss.errors import UserError
 from netgloss.evaluation import (
     Layer,
@@ -28,13 +28,14 @@ from netgloss.evaluation import (
     shuffled_subject,
 )
 from netgloss.explainers.base import Explainer, find_explainer
+from netgloss.fitting import make_tail, open_stream, upper_layers
 from netgloss.gloss import GlossOptions, make_gloss
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run
 from netgloss.training import ActivationStream, build_explainer, fit, make_fabric
 
 if TYPE_CHECKING:
-    from netgloss.classifiers import Classifier, Tail
+    from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
     from netgloss.metrics import ImageMetric
 
@@ -203,17 +204,6 @@ def pick_device(device: str) -> torch.device:
     return make_fabric(device).device
 
 
-def make_tail(classifier: Classifier, layer: str, source: ImageSource | None) -> Tail:
-    from netgloss.classifiers import Tail
-
-    if source is not None:
-        example = next(image_batches(classifier, source, range(min(2, len(source))), workers=0))[0]
-    else:
-        generator = torch.Generator().manual_seed(0)
-        example = torch.randn(2, *classifier.input_shape, generator=generator)
-    return Tail(classifier, layer, example=example.to(classifier.device))
-
-
 def _untrained_control(
     run: Run, classifier: Classifier, source: ImageSource, count: int, progress: Progress
 ) -> dict[str, ImageMetric] | None:
@@ -229,15 +219,18 @@ def _untrained_control(
             store = capture(
                 control,
                 source.subset(picks),
-                [run.layer],
+                [run.layer, *upper_layers(cls, config, control, run.layer)],
                 Path(folder) / "untrained",
                 options=CaptureOptions(dtype="float32"),
                 progress=progress,
             )
             valid = store.valid
             fit_images, judged = valid[::2], valid[1::2]
+            part = source.subset(picks)
             labels = class_labels(store, classifier.class_names, classifier.wnids)
-            stream = ActivationStream(store, run.layer, fit_images, reads=cls.reads, labels=labels)
+            stream = open_stream(
+                cls, config, store, run.layer, fit_images, classifier=lambda: control, source=part, labels=labels
+            )
             spec = stream.spec(num_classes=len(classifier.class_names), image=classifier.input_shape)
             explainer = fit(build_explainer(cls, config, spec, seed=0), stream, seed=0, progress=progress)
         except UserError as error:

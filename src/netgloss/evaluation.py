@@ -69,7 +69,7 @@ class Layer:
         for start in range(0, len(images), batch_size):
             index = images[start : start + batch_size]
             activation = torch.from_numpy(self.store.read(self.name, index)).float().to(self.classifier.device)
-            tail = self._tail_for(index)
+            tail = tail_for(self.tail, self.classifier, self.source, index)
             stored = self.store.read_logits(index)
             with torch.no_grad():
                 logits = tail(activation) if stored is None else torch.from_numpy(stored).to(activation.device)
@@ -90,19 +90,6 @@ class Layer:
     def labels(self) -> np.ndarray:
         """(N,) class index of the classifier for every image of the store, -1 where it is unknown."""
         return class_labels(self.store, self.classifier.class_names, self.classifier.wnids)
-
-    def _tail_for(self, index: np.ndarray) -> Callable[[Tensor], Tensor]:
-        if self.tail.mode == "graph":
-            return self.tail
-        if self.source is None:
-            raise UserError(f"layer {self.name!r} needs the images to compute logits ({self.tail.reason})")
-        from netgloss.activations import image_batches
-
-        pixels, _ = next(image_batches(self.classifier, self.source, list(index), batch_size=len(index), workers=0))
-        return lambda activation: self.tail(
-            activation,
-            images=pixels.repeat(len(activation) // len(pixels), 1, 1, 1),  # several versions an image
-        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +112,23 @@ def class_labels(store: Store, class_names: Sequence[str], wnids: Sequence[str] 
         return np.full(len(store), -1)
     mapping = match_classes(names, class_names, wnids)
     return np.where(store.targets >= 0, np.asarray(mapping)[np.maximum(store.targets, 0)], -1)
+
+
+def tail_for(
+    tail: Tail, classifier: Classifier, source: ImageSource | None, index: np.ndarray
+) -> Callable[[Tensor], Tensor]:
+    """The tail for the activations of images ``index`` of ``source``, which it needs unless its mode is "graph"."""
+    if tail.mode == "graph":
+        return tail
+    if source is None:
+        raise UserError(f"layer {tail.layer!r} needs the images to compute logits ({tail.reason})")
+    from netgloss.activations import image_batches
+
+    pixels, _ = next(image_batches(classifier, source, list(index), batch_size=len(index), workers=0))
+    return lambda activation: tail(
+        activation,
+        images=pixels.repeat(len(activation) // len(pixels), 1, 1, 1),  # several versions an image
+    )
 
 
 def spread_tail(tail: Callable[[Tensor], Tensor], grid: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from netgloss.activations import CaptureOptions, Store, StoreInfo, capture, image_batches, prepare_store
-from netgloss.appraisal import EvaluationOptions, evaluate_run, make_tail, pick_device, split_store
-from netgloss.classifiers import imagenet_wnids
+from netgloss.appraisal import EvaluationOptions, evaluate_run, pick_device, split_store
+from netgloss.classifiers import imagenet_wnids, load_from_spec
 from netgloss.errors import UserError
-from netgloss.evaluation import class_labels
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec, find_explainer, method_name
+from netgloss.fitting import make_tail, open_stream, upper_layers
 from netgloss.gloss import GlossOptions, describe_image
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run, save_figure, versions
@@ -65,17 +65,22 @@ def fit_run(
     config: ExplainerConfig | None = None,
     seeds: int | Sequence[int] = 3,
     fabric: Fabric | None = None,
+    classifier: Classifier | None = None,
+    source: ImageSource | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> Run:
     """Fits ``method`` once a seed on the fit images of a complete store and saves the explainers in a run folder.
 
     ``fabric`` says the device, precision and processes of learned methods (see ``netgloss.training.make_fabric``).
+    ``classifier`` is loaded again where the method needs it; ``source``, the images of the store, is needed by methods
+    that learn from images.
 
     Raises
     ------
     UserError
-        If the method is unknown, the store incomplete or of another network, or ``out`` holds another run.
+        If the method is unknown, the store incomplete or of another network, lacks a layer or the images that the
+        method needs, or ``out`` holds another run.
     """
     progress = progress or Silent()
     store.require_complete()
@@ -87,10 +92,16 @@ def fit_run(
     fit_images, heldout = split_store(store)
     model = store.info.model
     names = model.get("class_names", [])
-    wnids = (imagenet_wnids(model.get("imagenet")) if cls.uses else None) or []
-    labels = class_labels(store, names, wnids) if cls.uses else None
-    stream = ActivationStream(store, layer, fit_images, reads=cls.reads, labels=labels)
-    if cls.uses:
+    fabric = fabric or make_fabric()
+
+    def network() -> Classifier:
+        if classifier is None and not model:
+            raise UserError(f"{store.path} does not say which network it is of: give fit_run the classifier")
+        return (classifier or load_from_spec(model)).to(fabric.device)
+
+    stream = open_stream(cls, config, store, layer, fit_images, classifier=network, source=source)
+    if cls.needs(config):
+        wnids = imagenet_wnids(model.get("imagenet")) or []
         config = cls.settle(config, class_names=names, wnids=wnids, decisions=stream.decisions(fit_images))
     shown = model.get("preprocessing", {})
     image = (shown["channels"], *shown["size"]) if shown else ()
@@ -114,7 +125,6 @@ def fit_run(
             "unreadable": [{"id": i, "reason": r} for i, r in list(store.problems.items())[:200]],
         },
     }
-    fabric = fabric or make_fabric()
     run = first_then_others(fabric, lambda: Run.create(out, manifest), lambda: Run(out))
     for seed in seed_list:
         if not run.explainer_path(seed).exists():
@@ -234,15 +244,16 @@ def explain(
     source = open_sources(images, eval_images)
     classifier.check_layer(layer)
     out = Path(out)
+    layers = [layer, *upper_layers(cls, config, classifier, layer)]
     place = Path(store) if store is not None else out / "activations.zarr"
     what: dict[str, Any] = {"options": capture_options, "info": store_info(classifier, source), "progress": progress}
     started = time.perf_counter()
     first_then_others(
         fabric,
-        lambda: prepare_store(classifier, source, [layer], place, **what),
+        lambda: prepare_store(classifier, source, layers, place, **what),
         lambda: Store.open(place),
     )
-    captured = capture(classifier, source, [layer], place, rank=fabric.global_rank, world=fabric.world_size, **what)
+    captured = capture(classifier, source, layers, place, rank=fabric.global_rank, world=fabric.world_size, **what)
     fabric.barrier()
     seconds = time.perf_counter() - started
     if captured.problems:
@@ -250,7 +261,17 @@ def explain(
             f"{len(captured.problems)} image(s) could not be read and were skipped; they are listed in the report"
         )
     run = fit_run(
-        method, captured, layer, out, config=config, seeds=seeds, fabric=fabric, command=command, progress=progress
+        method,
+        captured,
+        layer,
+        out,
+        config=config,
+        seeds=seeds,
+        fabric=fabric,
+        classifier=classifier,
+        source=source,
+        command=command,
+        progress=progress,
     )
     if fabric.world_size > 1:  # process 0 evaluates alone
         torch.distributed.destroy_process_group()

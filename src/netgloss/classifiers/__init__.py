@@ -4,7 +4,7 @@ the logits."""
 from netgloss.classifiers.layers import LayerInfo, list_layers
 from netgloss.classifiers.loading import Classifier, imagenet_wnids, load_classifier, load_from_spec
 from netgloss.classifiers.preprocessing import Geometry, Preprocessing
-from netgloss.classifiers.tail import Tail
+from netgloss.classifiers.tail import Tail, later_layers
 from netgloss.classifiers.taps import Taps, replaced
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Tail",
     "Taps",
     "imagenet_wnids",
+    "later_layers",
     "list_layers",
     "load_classifier",
     "load_from_spec",

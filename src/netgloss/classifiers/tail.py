@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from netgloss.classifiers.taps import Taps, find_layer, replaced
+from netgloss.classifiers.taps import Taps, find_layer, replaced, watched
 from netgloss.errors import UserError
 
 TOLERANCE = 1e-4
@@ -128,6 +128,29 @@ class Tail:
                     raise _NoCut(
                         f"the part behind {self.layer!r} alone does not give the network's logits (off by {gap:.2g})"
                     )
+
+
+def later_layers(net: Any, layer: str, *, input_shape: tuple[int, ...]) -> list[str]:
+    """Layers that give a vector (B, C) or a map (B, C, H, W) after the last run of ``layer``, in the order they run.
+
+    Parameters
+    ----------
+    input_shape : (channels, height, width) of the network's input.
+    """
+    module: nn.Module = getattr(net, "net", net)
+    find_layer(module, layer)
+    ran: list[str] = []
+
+    def see(name: str, _: nn.Module, output: Any) -> None:
+        if name == layer:
+            ran.clear()
+        elif isinstance(output, Tensor) and output.ndim in (2, 4):
+            ran.append(name)
+
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    with torch.no_grad(), watched(module, see):
+        module(torch.zeros(2, *input_shape, device=device))
+    return list(dict.fromkeys(ran))
 
 
 class _NoCut(Exception):

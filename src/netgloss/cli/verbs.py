@@ -135,10 +135,14 @@ class Fit:
     device: Device = "auto"
     precision: str = "32-true"
     """Precision of the training steps, as Fabric names them (32-true, bf16-mixed, ...)."""
+    images: str | None = None
+    """The images of the store again, for methods that learn from them."""
+    eval_images: str | None = None
+    """Those of --eval-images again, if the store was captured with it."""
 
     def run(self, method: str, config: Any) -> None:
         from netgloss.activations import Store
-        from netgloss.pipeline import fit_run
+        from netgloss.pipeline import fit_run, open_sources
         from netgloss.training import make_fabric
 
         store = Store.open(self.store)
@@ -153,6 +157,7 @@ class Fit:
                 config=config,
                 seeds=self.seeds,
                 fabric=make_fabric(self.device, precision=self.precision),
+                source=open_sources(self.images, self.eval_images) if self.images else None,
                 command=command_line(),
                 progress=bars,
             )

@@ -22,7 +22,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -71,8 +71,10 @@ class Batch:
 
     ``index`` (N or B,) says which image each entry comes from; the other fields, where the store holds them, are
     aligned with it: ``logits`` (., num_classes), ``labels`` (.,) the classifier's class with -1 for unknown, ``upper``
-    by layer name, ``image`` (B, m, S, S). ``tail`` computes logits from (whole) activations, differentiably. ``step``
-    counts the batches of the fit.
+    by layer name, ``image`` (B, m, S, S') in [0, 1]. ``tail`` computes the logits of the whole activations ``whole``
+    (b, C, H, W) differentiably: of some images drawn for the step, or ``activation`` itself for methods that read
+    maps. ``to_logits`` computes those of images (., m, S, S') in [0, 1]: clipped, resized to the network's input and
+    normalised. ``step`` counts the batches of the fit.
     """
 
     activation: Tensor
@@ -81,7 +83,9 @@ class Batch:
     labels: Tensor | None = None
     upper: dict[str, Tensor] = field(default_factory=dict)
     image: Tensor | None = None
+    whole: Tensor | None = None
     tail: Callable[[Tensor], Tensor] | None = None
+    to_logits: Callable[[Tensor], Tensor] | None = None
     step: int = 0
 
 
@@ -102,8 +106,8 @@ class Rows(Protocol):
         """``min(max_rows, num_rows)`` rows drawn without replacement, float32 (n, C)."""
         ...
 
-    def examples(self) -> Iterator[Batch]:
-        """Every row once, in order, with the fields that the explainer ``uses``."""
+    def examples(self, fields: Collection[str] = ("logits", "labels")) -> Iterator[Batch]:
+        """Every row (or whole activation) once, in order, with some fields of :class:`Batch` (not the tail)."""
         ...
 
 
@@ -165,7 +169,8 @@ class Explainer(nn.Module):
     target : what ``decode`` gives: ``"activation"``, ``"upper"`` (dict by layer name) or ``"image"``.
     reads : ``"rows"`` (the adapter below feeds single vectors), ``"pooled"`` (one vector an image: a map is averaged
         over its grid, concepts are (B, K)) or ``"maps"`` (whole activations).
-    uses : fields of :class:`Batch` that ``losses`` needs besides the activation: ``"logits"``, ``"labels"``.
+    uses : fields of :class:`Batch` that ``losses`` needs besides the activation: ``"logits"``, ``"labels"``,
+        ``"upper"``, ``"image"``, ``"tail"``, ``"to_logits"``; see :meth:`needs` where options decide.
     learned : True if the method is trained by gradient steps on ``losses``.
     deterministic : True if the seed changes nothing (PCA).
 
@@ -216,6 +221,21 @@ class Explainer(nn.Module):
         return None
 
     # -- what a method overrides ----------------------------------------------------------------------------------
+
+    @classmethod
+    def needs(cls, config: ExplainerConfig) -> tuple[str, ...]:
+        """The fields of :class:`Batch` that a fit with ``config`` needs besides the activation; default ``uses``."""
+        return cls.uses
+
+    @classmethod
+    def upper_layers(cls, config: ExplainerConfig, later: Sequence[str]) -> Sequence[str]:
+        """With ``"upper"`` in :meth:`needs`: which of the layers that run ``later`` (in order) are captured as well."""
+        return ()
+
+    @classmethod
+    def image_size(cls, config: ExplainerConfig, image: tuple[int, ...]) -> tuple[int, int]:
+        """With ``"image"`` in :meth:`needs`: (S, S') of ``batch.image``; ``image`` is the network's input (m, H, W)."""
+        return image[1], image[2]
 
     @classmethod
     def settle(

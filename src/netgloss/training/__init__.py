@@ -1,6 +1,14 @@
 """The one fit loop: devices, precision, checkpoints, resume, progress."""
 
 from netgloss.training.fit import Checkpoint, FitOptions, build_explainer, fit, make_fabric
-from netgloss.training.stream import ActivationStream
+from netgloss.training.stream import ActivationStream, Surroundings
 
-__all__ = ["ActivationStream", "Checkpoint", "FitOptions", "build_explainer", "fit", "make_fabric"]
+__all__ = [
+    "ActivationStream",
+    "Checkpoint",
+    "FitOptions",
+    "Surroundings",
+    "build_explainer",
+    "fit",
+    "make_fabric",
+]

@@ -148,7 +148,7 @@ def _fit_learned(
         start=start,
         rank=fabric.global_rank,
         world=fabric.world_size,
-        logits=bool(explainer.uses),
+        fields=explainer.needs(config),
         balance=explainer.balance,
     )
     progress.start(f"fit seed {seed}", explainer.max_steps, unit="steps", done=start)
@@ -196,10 +196,13 @@ def _fit_learned(
 
 
 def _move(batch: Batch, fabric: Fabric) -> Batch:
-    for name in ("activation", "logits", "labels", "image"):
+    same = batch.whole is batch.activation
+    for name in ("activation", "logits", "labels", "image", "whole"):
         value = getattr(batch, name)
         if value is not None:
             setattr(batch, name, fabric.to_device(value))
+    if same:
+        batch.whole = batch.activation
     batch.upper = {name: fabric.to_device(value) for name, value in batch.upper.items()}
     return batch
 

@@ -9,7 +9,8 @@ Shape letters: N rows, C features, B images, H W grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,11 +19,34 @@ from torch import Tensor
 
 from netgloss.activations import Store
 from netgloss.errors import UserError
-from netgloss.explainers.base import Batch, LayerSpec, to_rows
+from netgloss.explainers.base import Batch, LayerSpec, from_rows, to_rows
 
 DEFAULT_MEMORY = 2 << 30
 _EXAMPLES = 2048
 _POOLED = 256
+_WHOLE = 16
+
+Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a fit may need of the network around the layer; ``netgloss.fitting`` fills in what a method asks for.
+
+    Parameters
+    ----------
+    upper : layers of the store whose activations come along.
+    pixels : uint8 (n, m, S, S') of images of the store, by their indices.
+    image : (m, S, S').
+    tail : differentiable logits of the layer's whole activations, for the images with the given indices.
+    to_logits : differentiable logits of images (., m, S, S') in [0, 1].
+    """
+
+    upper: tuple[str, ...] = ()
+    pixels: Callable[[np.ndarray], Tensor] | None = None
+    image: tuple[int, ...] = ()
+    tail: Callable[[np.ndarray], Logits] | None = None
+    to_logits: Logits | None = None
 
 
 class ActivationStream:
@@ -35,6 +59,7 @@ class ActivationStream:
         (every image is one).
     labels : (N,) the classifier's class of every image of the store, -1 where it is unknown; default all unknown.
     memory : bytes that a block may take.
+    around : what the batches hold besides the layer's activations.
     """
 
     def __init__(
@@ -46,14 +71,17 @@ class ActivationStream:
         reads: Literal["rows", "pooled", "maps"] = "rows",
         labels: np.ndarray | None = None,
         memory: int = DEFAULT_MEMORY,
+        around: Surroundings | None = None,
     ) -> None:
         self.store, self.layer, self.reads = store, store.check_layer(layer), reads
         self.images = np.intersect1d(images, store.valid)
         if len(self.images) == 0:
             raise UserError(f"no readable images to fit on in {store.path}")
-        if reads != "rows" and store.is_subsampled(layer):
+        self.around = around or Surroundings()
+        wholly = [name for name in (layer, *self.around.upper) if store.is_subsampled(name)]
+        if (reads != "rows" or self.around.upper or self.around.tail) and wholly:
             raise UserError(
-                f"layer {layer!r} was captured with --positions; this method needs whole maps: capture it again"
+                f"layer {wholly[0]!r} was captured with --positions; this method needs whole maps: capture it again"
             )
         self.labels = np.full(len(store), -1) if labels is None else labels
         shape = store.shapes[layer]
@@ -62,9 +90,13 @@ class ActivationStream:
         bytes_per_image = int(np.prod(shape)) * np.dtype(store.key.dtype).itemsize
         if store.is_subsampled(layer):
             bytes_per_image = self.entries_per_image * shape[0] * np.dtype(store.key.dtype).itemsize
+        item = np.dtype(store.key.dtype).itemsize
+        bytes_per_image += sum(int(np.prod(store.shapes[name])) * item for name in self.around.upper)
+        bytes_per_image += int(np.prod(self.around.image)) if self.around.image else 0
         self._images_per_block = max(store.chunk_images, memory // max(bytes_per_image, 1))
         self._cache: tuple[object, Tensor, Tensor] | None = None
         self._logits: tuple[np.ndarray, Tensor | None] = (np.empty(0), None)
+        self._beside: tuple[np.ndarray, dict[str, Tensor]] = (np.empty(0), {})
 
     def spec(self, *, num_classes: int, image: tuple[int, ...]) -> LayerSpec:
         """What the explainer may know of the layer."""
@@ -73,6 +105,7 @@ class ActivationStream:
             shape=self.store.shapes[self.layer][: 1 if self.reads == "pooled" else None],
             nonnegative=self.store.is_nonnegative(self.layer),
             num_classes=num_classes,
+            upper={name: self.store.shapes[name] for name in self.around.upper},
             image=image,
         )
 
@@ -107,12 +140,12 @@ class ActivationStream:
             first += entries
         return torch.cat(parts)
 
-    def examples(self) -> Iterator[Batch]:
-        """Every entry once, in order of the images, with logits and labels."""
+    def examples(self, fields: Collection[str] = ("logits", "labels")) -> Iterator[Batch]:
+        """Every entry once, in order of the images, with some fields of a batch (not the tail)."""
         for block in self._in_order():
             values, index = self._load(block)
-            for part in torch.arange(len(index)).split(_EXAMPLES):
-                yield self._batch(values[part].float(), index[part], block, 0)
+            for part in torch.arange(len(index)).split(_WHOLE if self.reads == "maps" else _EXAMPLES):
+                yield self._batch(values[part].float(), index[part], block, 0, fields)
 
     def decisions(self, images: np.ndarray) -> np.ndarray:
         """Class of each image: its label, or the network's prediction where it has none (-1 without stored logits)."""
@@ -130,14 +163,14 @@ class ActivationStream:
         start: int = 0,
         rank: int = 0,
         world: int = 1,
-        logits: bool = False,
+        fields: Collection[str] = (),
         balance: tuple[Sequence[int], float] = ((), 0.0),
     ) -> Iterator[Batch]:
         """Endless batches from step ``start`` on; ``batch_size`` entries a step, of which this rank takes its share.
 
         Parameters
         ----------
-        logits : fill in logits and labels too.
+        fields : of :class:`~netgloss.explainers.base.Batch`, besides the activation, to fill in.
         balance : classes and the share of each batch that is drawn evenly from images of theirs, with replacement; the
             rest are all entries in turn.
         """
@@ -164,7 +197,10 @@ class ActivationStream:
                             turn = (pools[(k * drawn + j) % len(pools)] for j in range(drawn))
                             picks = torch.cat([picks, torch.tensor([int(choose.choice(pool)) for pool in turn])])
                         picks = picks[rank::world]
-                        yield self._batch(values[picks].float(), index[picks], block if logits else None, step)
+                        batch = self._batch(values[picks].float(), index[picks], block, step, fields)
+                        if "tail" in fields:
+                            self._add_tail(batch, values, block, np.random.default_rng([seed, epoch, number, k, rank]))
+                        yield batch
                     step += 1
 
     def _pools(self, block: np.ndarray, index: Tensor, classes: Sequence[int]) -> list[np.ndarray]:
@@ -173,14 +209,44 @@ class ActivationStream:
         found = [np.flatnonzero(decided == c) for c in classes]
         return [pool for pool in found if len(pool)]
 
-    def _batch(self, values: Tensor, index: Tensor, block: np.ndarray | None, step: int) -> Batch:
+    def _batch(self, values: Tensor, index: Tensor, block: np.ndarray, step: int, fields: Collection[str]) -> Batch:
         batch = Batch(activation=values, index=index, step=step)
-        if block is not None:
+        place = np.searchsorted(block, index.numpy())
+        if "logits" in fields or "labels" in fields:
             logits = self._block_logits(block)
             if logits is not None:
-                batch.logits = logits[np.searchsorted(block, index.numpy())]
+                batch.logits = logits[place]
             batch.labels = torch.from_numpy(self.labels[index.numpy()])
+        if "upper" in fields or "image" in fields:
+            beside = self._block_beside(block)
+            batch.upper = {name: beside[name][place].float() for name in self.around.upper}
+            if self.around.pixels is not None:
+                batch.image = beside[""][place].float().div_(255)
+        if "to_logits" in fields:
+            batch.to_logits = self.around.to_logits
         return batch
+
+    def _add_tail(self, batch: Batch, values: Tensor, block: np.ndarray, rng: np.random.Generator) -> None:
+        """Whole activations and their tail: the batch's own, or some images of the block in use."""
+        assert self.around.tail is not None
+        if self.reads == "maps":
+            batch.whole, images = batch.activation, batch.index.numpy()
+        else:
+            assert self.reads == "rows"
+            picks = np.sort(rng.choice(len(block), size=min(_WHOLE, len(block)), replace=False))
+            rows = values.reshape(len(block), self.entries_per_image, -1)[picks].flatten(0, 1)
+            batch.whole = from_rows(rows, self.store.shapes[self.layer][1:]).float()
+            images = block[picks]
+        batch.tail = self.around.tail(images)
+
+    def _block_beside(self, block: np.ndarray) -> dict[str, Tensor]:
+        """Upper activations by layer, and the pixels under "", of the block in use, kept until another one is."""
+        if not np.array_equal(self._beside[0], block):
+            found = {name: torch.from_numpy(self.store.read(name, block)) for name in self.around.upper}
+            if self.around.pixels is not None:
+                found[""] = self.around.pixels(block)
+            self._beside = (block, found)
+        return self._beside[1]
 
     def _block_logits(self, block: np.ndarray) -> Tensor | None:
         """(n, classes) of the block in use, kept until another one is asked for."""

@@ -1,0 +1,146 @@
+"""What a fit reads: the stream of a layer, with whatever of the network around it the method asks for.
+
+A method says by ``needs`` which fields of a training batch it wants. Most want activations only, and then neither the
+images nor the network are touched; the others get the layers above, the images, or differentiable ways to the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from netgloss.activations import Store, image_batches
+from netgloss.classifiers import Tail, imagenet_wnids, later_layers
+from netgloss.errors import UserError
+from netgloss.evaluation import class_labels, tail_for
+from netgloss.explainers.base import Explainer, ExplainerConfig
+from netgloss.training import ActivationStream, Surroundings
+
+if TYPE_CHECKING:
+    from netgloss.classifiers import Classifier
+    from netgloss.data import ImageSource
+
+
+def upper_layers(cls: type[Explainer], config: ExplainerConfig, classifier: Classifier, layer: str) -> tuple[str, ...]:
+    """The layers above ``layer`` that a method rebuilds, so that they are captured with it."""
+    if "upper" not in cls.needs(config):
+        return ()
+    later = later_layers(classifier, layer, input_shape=classifier.input_shape)
+    return tuple(cls.upper_layers(config, later))
+
+
+def open_stream(
+    cls: type[Explainer],
+    config: ExplainerConfig,
+    store: Store,
+    layer: str,
+    images: np.ndarray,
+    *,
+    classifier: Callable[[], Classifier],
+    source: ImageSource | None,
+    labels: np.ndarray | None = None,
+) -> ActivationStream:
+    """The training stream of ``layer`` over ``images`` of a store.
+
+    Parameters
+    ----------
+    classifier : gives the network, on the device of the fit; called only if the method needs it.
+    source : the images of the store; needed by methods that learn from them.
+    labels : (N,) the classifier's class of every image of the store, -1 for unknown; default as the store says.
+
+    Raises
+    ------
+    UserError
+        If the method needs images that were not given, or layers that the store does not hold.
+    """
+    needs = cls.needs(config)
+    if needs and labels is None:
+        model = store.info.model
+        labels = class_labels(store, model.get("class_names", []), imagenet_wnids(model.get("imagenet")) or [])
+    around = Surroundings()
+    if {"upper", "image", "tail", "to_logits"} & set(needs):
+        around = _surroundings(cls, config, store, layer, classifier(), source)
+    return ActivationStream(store, layer, images, reads=cls.reads, labels=labels, around=around)
+
+
+def _surroundings(
+    cls: type[Explainer],
+    config: ExplainerConfig,
+    store: Store,
+    layer: str,
+    classifier: Classifier,
+    source: ImageSource | None,
+) -> Surroundings:
+    needs = cls.needs(config)
+    upper = upper_layers(cls, config, classifier, layer)
+    missing = [name for name in upper if name not in store.layers]
+    if missing:
+        raise UserError(
+            f"{cls.__name__} rebuilds {', '.join(upper)} from {layer!r}, but {store.path} holds only "
+            f"{', '.join(store.layers)}: capture {' and '.join(missing)} too"
+        )
+    pixels = None
+    image: tuple[int, ...] = ()
+    if "image" in needs:
+        if source is None:
+            raise UserError(f"{cls.__name__} learns from the images of {store.path}: give them again by --images")
+        if source.fingerprint != store.key.data_fingerprint:
+            raise UserError(f"{source.description} are not the images whose activations {store.path} holds")
+        size = cls.image_size(config, classifier.input_shape)
+        image = (classifier.input_shape[0], *size)
+        pixels = pixel_reader(classifier, source, size)
+    tail = None
+    if "tail" in needs:
+        way_on = make_tail(classifier, layer, source)
+        tail = lambda index: tail_for(way_on, classifier, source, index)  # noqa: E731
+    to_logits = logits_of_images(classifier) if "to_logits" in needs else None
+    return Surroundings(upper=upper, pixels=pixels, image=image, tail=tail, to_logits=to_logits)
+
+
+def make_tail(classifier: Classifier, layer: str, source: ImageSource | None) -> Tail:
+    """The way from ``layer`` to the logits, verified on two images of ``source`` (on noise without one)."""
+    if source is not None:
+        example = next(image_batches(classifier, source, range(min(2, len(source))), workers=0))[0]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(2, *classifier.input_shape, generator=generator)
+    return Tail(classifier, layer, example=example.to(classifier.device))
+
+
+def pixel_reader(classifier: Classifier, source: ImageSource, size: tuple[int, int]) -> Callable[[np.ndarray], Tensor]:
+    """Images of ``source`` as the network sees them (its resize and crop), at ``size`` (S, S'): uint8 (n, m, S, S').
+
+    Smaller sizes are averaged down (bilinear with anti-aliasing) from the network's input.
+    """
+
+    def read(index: np.ndarray) -> Tensor:
+        if not len(index):
+            return torch.empty(0, classifier.input_shape[0], *size, dtype=torch.uint8)
+        pictures = []
+        for i in index.tolist():
+            picture = classifier.preprocessing.bytes(source.image(i))[None]
+            if tuple(picture.shape[2:]) != tuple(size):
+                resized = interpolate(picture.float(), size, mode="bilinear", antialias=True)
+                picture = resized.round_().clamp_(0, 255).to(torch.uint8)
+            pictures.append(picture)
+        return torch.cat(pictures)
+
+    return read
+
+
+def logits_of_images(classifier: Classifier) -> Callable[[Tensor], Tensor]:
+    """Differentiable logits of images (B, m, S, S') in [0, 1]: clipped, resized to the network's input, normalised."""
+
+    def to_logits(images: Tensor) -> Tensor:
+        size = classifier.input_shape[1:]
+        images = images.clamp(0, 1)
+        if tuple(images.shape[2:]) != tuple(size):
+            images = interpolate(images, size, mode="bilinear", antialias=True)
+        return classifier.net(classifier.preprocessing.normalise(images))
+
+    return to_logits
