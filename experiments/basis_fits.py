@@ -23,7 +23,7 @@ import torch
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("basis", {}),
     "tau0.9": ("basis", {"tau": 0.9}),
-    "cbe": ("basis", {"preset": "cbe"}),
+    "cbe": ("basis", {"tau": 0.9, "gamma": 1.1}),
     "uibe": ("basis", {"preset": "uibe", "steps": 3000}),
     "uibe-early": ("basis", {"preset": "uibe", "steps": 1200, "lr": 1e-3}),
     "permuted": ("basis", {}),

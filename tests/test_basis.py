@@ -13,9 +13,8 @@ from netgloss.errors import UserError
 from netgloss.explainers._basis_losses import (
     inactive_classifier,
     maximum_margin,
-    mean_power,
     network_step,
-    sparsity_and_activation,
+    row_terms,
 )
 from netgloss.explainers._basis_schedule import Plateau
 from netgloss.explainers.base import Batch, LayerSpec
@@ -94,23 +93,24 @@ def orthogonality(weight: Tensor) -> float:
     ],
 )
 def test_losses_of_known_assignments(y: list[float], sparsity: float, activation: float) -> None:
-    log_y = torch.tensor([y], dtype=torch.float64).clamp_min(1e-300).log()
-    found = sparsity_and_activation(log_y)
-    assert [float(v) for v in found] == pytest.approx([sparsity, activation], abs=1e-6)
+    logits = torch.tensor([y], dtype=torch.float64).logit().clamp(-1e3, 1e3)
+    found = row_terms(logits)
+    assert [float(found.sparsity), float(found.activation)] == pytest.approx([sparsity, activation], abs=1e-6)
 
 
 def test_identity_of_activation_and_sparsity_and_no_nan_in_gradients() -> None:
     logits = (
         torch.rand(64, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 120 - 60
     ).requires_grad_()
-    sparsity, activation = sparsity_and_activation(torch.nn.functional.logsigmoid(logits))
+    found = row_terms(logits)
+    sparsity, activation = found.sparsity, found.activation
     norm = torch.sigmoid(logits).sum(1).log2().mean()
     assert float((activation - (sparsity - norm)).detach().abs()) < 1e-5
-    (sparsity + activation).backward()
+    found.value.backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
     float32 = (torch.rand(64, 12) * 120 - 60).requires_grad_()
-    sum(sparsity_and_activation(torch.nn.functional.logsigmoid(float32))).backward()  # type: ignore[union-attr]
+    row_terms(float32).value.backward()
     assert float32.grad is not None
     assert float32.grad.isfinite().all()
 
@@ -118,10 +118,11 @@ def test_identity_of_activation_and_sparsity_and_no_nan_in_gradients() -> None:
 def test_gradients_of_every_term() -> None:
     logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     log_margin = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    log_y = torch.nn.functional.logsigmoid
-    assert torch.autograd.gradcheck(lambda v: sparsity_and_activation(log_y(v)), (logits,))
+    for weights in ((1.0, 0.0), (0.0, 1.0), (2.6, 2.8)):
+        for scale in (1.0, 400.0):  # the second goes by the logarithms
+            assert torch.autograd.gradcheck(lambda v, w=weights, s=scale: row_terms(s * v, w, 1.7)[:2], (logits,))
     assert torch.autograd.gradcheck(maximum_margin, (log_margin,))
-    assert torch.autograd.gradcheck(lambda v: inactive_classifier(mean_power(log_y(v), 1.7), 0.9), (logits,))
+    assert torch.autograd.gradcheck(lambda v: inactive_classifier(row_terms(v, gamma=3.0).activity, 0.9), (logits,))
 
 
 def test_inactive_classifier_counts_what_is_below_the_floor() -> None:
@@ -130,7 +131,9 @@ def test_inactive_classifier_counts_what_is_below_the_floor() -> None:
     gated = inactive_classifier(activity, 0.5, running=torch.tensor([0.6, 0.2]))
     assert float(gated) == pytest.approx((0.5 - 0.6) / 0.5 / 2)  # only the second is below by the running mean
     assert float(inactive_classifier(activity, 0.5, running=activity)) == pytest.approx(0.4)
-    assert float(mean_power(torch.tensor([[0.5], [1.0]]).log(), 2.0)) == pytest.approx(0.625)
+    halves = row_terms(torch.tensor([[0.0], [60.0]]), gamma=2.0)
+    assert float(halves.activity) == pytest.approx(0.625)
+    assert (float(halves.on), float(halves.none)) == (1, 1)
 
 
 def test_gate_acts_on_small_batches_only() -> None:

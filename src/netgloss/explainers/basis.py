@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
@@ -43,8 +42,7 @@ from netgloss.errors import UserError
 from netgloss.explainers._basis_losses import (
     inactive_classifier,
     maximum_margin,
-    mean_power,
-    sparsity_and_activation,
+    row_terms,
 )
 from netgloss.explainers._basis_schedule import Plateau
 from netgloss.explainers._rows import RowsExplainer, feature_moments
@@ -246,30 +244,24 @@ class InterpretableBasis(RowsExplainer):
         self._since.clear()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """``sparsity``, ``activation``, ``margin`` and ``inactive`` of rows (N, D), weighted."""
-        with parametrize.cached():
-            z = self._standardise(batch.activation) @ self.basis
-        logits = (z - self.bias) * (-self.log_margin).exp()
-        log_y = F.logsigmoid(logits)
-        sparsity, activation = sparsity_and_activation(log_y)
-        terms = {
-            "sparsity": self.config.lambda_s * sparsity,
-            "activation": self.config.lambda_ma * activation,
-            "margin": self.config.lambda_mm * maximum_margin(self.log_margin),
-        }
+        """``assignment`` (sparsity and activation), ``margin`` and ``inactive`` of rows (N, D), weighted."""
         weight, tau, gamma = self.config.inactive
+        with parametrize.cached():
+            slope = (-self.log_margin).exp()
+            logits = torch.addmm(-self.bias * slope, self._standardise(batch.activation), self.basis * slope)
+        found = row_terms(logits, (self.config.lambda_s, self.config.lambda_ma), gamma if weight else None)
+        terms = {"assignment": found.value, "margin": self.config.lambda_mm * maximum_margin(self.log_margin)}
         if weight:
             nu = tau / self.num_concepts
-            activity = mean_power(log_y, gamma)
-            gate = self._running_mean(activity.detach()) if len(log_y) * nu < _GATE_BELOW else None
-            terms["inactive"] = weight * inactive_classifier(activity, nu, running=gate)
-        on = logits.detach() > 0
+            gate = self._running_mean(found.activity.detach()) if len(logits) * nu < _GATE_BELOW else None
+            terms["inactive"] = weight * inactive_classifier(found.activity, nu, running=gate)
         self._watch |= {
             "loss": torch.stack([t.detach() for t in terms.values()]).sum(),
-            "sparsity": sparsity.detach(),
-            "on": on.sum(dim=0),
-            "none": (~on.any(dim=1)).sum(),
-            "rows": torch.tensor(len(on)),
+            "sparsity": found.sparsity,
+            "activation": found.activation,
+            "on": found.on,
+            "none": found.none,
+            "rows": torch.tensor(len(logits)),
         }
         return terms
 
@@ -296,6 +288,8 @@ class InterpretableBasis(RowsExplainer):
         rows = self._since["rows"].clamp_min(1)
         rate = self._since["on"] / rows
         numbers = {
+            "sparsity": float(self._watch["sparsity"]),
+            "activation": float(self._watch["activation"]),
             "effective_concepts": 2.0 ** float(self._watch["sparsity"]),
             "actives": float(rate.sum()),
             "none_on": float(self._since["none"] / rows),
@@ -356,7 +350,7 @@ class InterpretableBasis(RowsExplainer):
         return self.rotation.parametrizations.weight  # type: ignore[union-attr]
 
     def _standardise(self, rows: Tensor) -> Tensor:
-        return (rows.to(self.mean.dtype) - self.mean) / self.scale
+        return (rows.to(self.mean.dtype) - self.mean).div_(self.scale)
 
     def _slices(self, rows: Rows) -> Iterator[Tensor]:
         for chunk in rows.chunks():
