@@ -4,7 +4,8 @@
     --variants default
 
 All positions of all images of the store are fit rows; no label is read. Variants: ``default``, ``tau0.9`` (gamma 3),
-``cbe`` (tau 0.9, gamma 1.1, without the network term), ``uibe`` (to convergence), ``uibe-early`` (1,200 steps at lr
+``cbe`` (tau 0.9, gamma 1.1, without the network term), ``cbe-net`` and ``cbe-uur`` (with it), ``whitened`` (default on
+whitened rows), ``uibe`` (to convergence), ``uibe-early`` (1,200 steps at lr
 1e-3), ``permuted`` (default on rows permuted within each channel), and every direct method by its name.
 """
 
@@ -24,6 +25,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("basis", {}),
     "tau0.9": ("basis", {"tau": 0.9}),
     "cbe": ("basis", {"tau": 0.9, "gamma": 1.1}),
+    "cbe-net": ("basis", {"preset": "cbe"}),
+    "cbe-uur": ("basis", {"preset": "cbe", "network": "uur"}),
+    "whitened": ("basis", {"whiten": True}),
     "uibe": ("basis", {"preset": "uibe", "steps": 3000}),
     "uibe-early": ("basis", {"preset": "uibe", "steps": 1200, "lr": 1e-3}),
     "permuted": ("basis", {}),
@@ -41,12 +45,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--concepts", type=int, help="number of concepts of the other methods; default the features")
     parser.add_argument("--steps", type=int, help="steps of learned methods instead of their own")
+    parser.add_argument("--fields", nargs="+", default=[], metavar="NAME=VALUE", help="options of the methods")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     from netgloss.activations import Store
+    from netgloss.classifiers import load_from_spec
     from netgloss.explainers.base import find_explainer
-    from netgloss.training import ActivationStream, build_explainer, fit
+    from netgloss.fitting import open_stream
+    from netgloss.training import build_explainer, fit
 
     store = Store.open(options.store)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -61,13 +68,26 @@ def main() -> None:
                 fields = {"num_concepts": options.concepts or store.shapes[options.layer][0], **fields}
             if options.steps and cls.learned:
                 fields = {**fields, "steps": options.steps}
-            stream: Any = ActivationStream(store, options.layer, store.valid)
+            for field in options.fields:
+                name, _, value = field.partition("=")
+                if hasattr(cls.Config(**fields), name):
+                    fields = {**fields, name: json.loads(value)}
+            config = cls.Config(**fields)
+            stream: Any = open_stream(
+                cls,
+                config,
+                store,
+                options.layer,
+                store.valid,
+                classifier=lambda: load_from_spec(store.info.model),
+                source=None,
+            )
             spec = stream.spec(num_classes=0, image=())
             if variant == "permuted":
                 stream = Permuted(stream, seed)
             history: list[dict[str, Any]] = []
             start = time.perf_counter()
-            explainer = build_explainer(cls, cls.Config(**fields), spec, seed=seed)
+            explainer = build_explainer(cls, config, spec, seed=seed)
             explainer = fit(explainer, stream, seed=seed, log=history.append)
             seconds = time.perf_counter() - start
             save(explainer, method, seed, path)

@@ -4,7 +4,7 @@
 
 The toy of the specification: z ~ N(0, noise^2) plus U(2, 4) on one of 16 coordinates, x = z R^T with a Haar rotation
 R. The detectors are matched one to one with the planted coordinates by the IoU of their masks over all rows
-(Hungarian). Three seeds for data, rotation and fit; at most 1,000 steps at lr 1e-2. Writes
+(Hungarian). Three seeds for data, rotation and fit; at most 1,500 steps at lr 1e-2. Writes
 experiments/basis-recovery.{json,md}.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 HERE = Path(__file__).parent
 FEATURES = 16
-BASE = {"rows": 20_000, "noise": 0.3, "tail": 0.0, "preset": "cbe"}
+BASE = {"rows": 20_000, "noise": 0.3, "tail": 0.0, "preset": "cbe", "lambda_net": 0.0}
 CASES: dict[str, dict[str, Any]] = {
     "specification's toy": {},
     "2,000 rows": {"rows": 2_000},
@@ -73,7 +73,7 @@ def recovered(seed: int, case: dict[str, Any]) -> torch.Tensor:
 
     setting = {**BASE, **case}
     rows, on = planted(seed, **{k: setting.pop(k) for k in ("rows", "noise", "tail")})
-    config = InterpretableBasisConfig(lr=1e-2, steps=1000, **setting)
+    config = InterpretableBasisConfig(lr=1e-2, steps=1500, **setting)
     basis: Any = build_explainer(InterpretableBasis, config, LayerSpec("toy", (FEATURES,)), seed=seed)
     fit(basis, Rows(rows), seed=seed)
     found = basis.assign(basis.encode(rows), hard=True).float()

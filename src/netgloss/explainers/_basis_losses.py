@@ -7,6 +7,8 @@ over rows and E_i over detectors::
     L_ma = E_p[-sum_i q_i log2 y_i]         maximum activation; = L_s - E_p[log2 sum_i y_i]                 (UIBE)
     L_mm = E_i[1 / M_i]                     maximum margin                                                  (UIBE)
     L_ic = E_i[ReLU(nu - E_p[y_i^gamma]) / nu],  nu = tau / I       inactive classifier                     (CBE)
+    L_net = -E[H(f+(x'))]                  network: without the concepts (x', ``network_step``) the rest of the network
+                                           f+ is undecided; H the entropy of the softmax                   (CBE, EDDP)
 
 Sources: UIBE = Doumanoglou, Asteriadis & Zarpalas, IEEE Trans. AI 5(4), 2024 (arXiv 2303.10523); CBE = the same
 authors, VISAPP 2024. The equations are as their follow-up (arXiv 2509.23926) restates them.
@@ -147,3 +149,9 @@ def network_step(z: Tensor, basis: Tensor, bias: Tensor, *, kappa: Tensor | floa
     """
     away = F.relu(z - bias) if kappa is None else kappa * (z - bias)
     return -away @ basis.T
+
+
+def network_certainty(logits: Tensor) -> Tensor:
+    """``L_net``: minus the mean entropy, in bits, of the classes that logits (B, classes) stand for."""
+    log_p = logits.log_softmax(dim=1)
+    return (log_p.exp() * log_p).sum(dim=1).mean() / _LN2

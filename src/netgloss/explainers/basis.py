@@ -6,23 +6,26 @@ W (D, D) and one bias b and one margin M > 0 for all detectors::
     xhat = (x - mu) / sigma            z = W^T xhat                          encode (signed; 0 is the data mean)
     y    = sigmoid((z - b) / M)        on = z > b                            assign
     x    = mu + sigma (W z)                                                  decode, the exact inverse
-    loss = lambda_s L_s + lambda_ma L_ma + lambda_mm L_mm + lambda_ic L_ic   (terms: explainers/_basis_losses.py)
+    loss = lambda_s L_s + lambda_ma L_ma + lambda_mm L_mm + lambda_ic L_ic + lambda_net L_net    (_basis_losses.py)
 
 In raw space detector i is the filter v_i = w_i / (sigma M), its decoding direction d_i = sigma w_i, and its signal
 vector s_i = Cov[x, z_i] / Var[z_i] over the fit rows where it is on. A filter reads a concept, a signal vector writes
 it.
 
 W runs through torch's Cayley parametrisation with a moving base (``use_trivialization``), re-based every 200 steps.
-Presets: ``uibe`` the first three terms; ``cbe`` adds L_ic with the published tau 0.9 and gamma 1.1; ``default`` is
-UIBE with L_ic at tau 5 and gamma 3. tau > 1 leaves the published range: it is ours. Without L_ic the objective kills
-most detectors when it runs to convergence.
+Presets: ``uibe`` the first three terms; ``cbe`` adds L_ic with the published tau 0.9 and gamma 1.1 and L_net, which
+needs the tail of the network; ``default`` is UIBE with L_ic at tau 5 and gamma 3. tau > 1 leaves the published range:
+it is ours. Without L_ic the objective kills most detectors when it runs to convergence.
 
 Sources: Doumanoglou, Asteriadis & Zarpalas, "Unsupervised Interpretable Basis Extraction for Concept-Based Visual
 Explanations", IEEE Trans. AI 5(4), 2024 (arXiv 2303.10523); "Concept Basis Extraction for Latent Space Interpretation
 of Image Classifiers", VISAPP 2024; the weights 2.6 / 2.8 / 0.6 / 5 from arXiv 2509.23926.
 
-Left out: the network term L_net (needs the classifier's tail in every step; ``network_step`` computes its rows),
-whitening, and the terms of arXiv 2509.23926 for bases that are not orthogonal.
+``whiten`` puts xhat = C^(-1/2) (x - mu) / sigma, C the correlations, in place of the standardised rows (filters,
+directions and signal vectors follow).
+
+Left out: the terms of arXiv 2509.23926 for bases that are not orthogonal. L_net sees the maps of the images that the
+fit loop draws for a step (16), not of 64.
 
 Shape letters: N rows, D features of the layer, I = D detectors.
 """
@@ -30,7 +33,6 @@ Shape letters: N rows, D features of the layer, I = D detectors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -39,14 +41,17 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 from netgloss.errors import UserError
+from netgloss.explainers._basis_config import InterpretableBasisConfig
 from netgloss.explainers._basis_losses import (
     inactive_classifier,
     maximum_margin,
+    network_certainty,
+    network_step,
     row_terms,
 )
 from netgloss.explainers._basis_schedule import Plateau
 from netgloss.explainers._rows import RowsExplainer, feature_moments
-from netgloss.explainers.base import Batch, LayerSpec, Rows, TrainingConfig
+from netgloss.explainers.base import Batch, ExplainerConfig, LayerSpec, Rows, from_rows, to_rows
 
 _SIGMA_FLOOR = 1e-3
 _REBASE_EVERY = 200
@@ -55,61 +60,7 @@ _DEAD = 1e-5
 _SIGNAL_ROWS = 50
 _GATE_BELOW = 16.0
 _SLICE = 8192
-_PRESETS = {"uibe": (0.0, 5.0, 3.0), "cbe": (5.0, 0.9, 1.1), "default": (5.0, 5.0, 3.0)}
-
-
-@dataclass(frozen=True)
-class InterpretableBasisConfig(TrainingConfig):
-    """Options of :class:`InterpretableBasis`."""
-
-    num_concepts: int = 0
-    """Always the number of features of the layer; 0 says so."""
-    steps: int = 2000
-    """Number of optimiser steps at most; the fit ends earlier when its loss stands still."""
-    batch_size: int = 4096
-    """Rows a step."""
-    lr: float = 3e-3
-    """Learning rate of Adam; halved when the loss reaches a plateau."""
-    preset: Literal["default", "uibe", "cbe"] = "default"
-    """Published objective (uibe, cbe) or ours; gives the options below that are left open."""
-    lambda_s: float = 2.6
-    """Weight of sparsity."""
-    lambda_ma: float = 2.8
-    """Weight of maximum activation."""
-    lambda_mm: float = 0.6
-    """Weight of maximum margin."""
-    lambda_ic: float | None = None
-    """Weight of the floor under each detector's activity (preset uibe: 0, else 5)."""
-    tau: float | None = None
-    """The floor, in detectors a row if all sat on it: about the mean actives of a row (cbe: 0.9, default: 5)."""
-    gamma: float | None = None
-    """Power that keeps weak responses from meeting the floor (cbe: 1.1, default: 3)."""
-    shared: bool = True
-    """One bias and one margin for all detectors; otherwise one each."""
-    init: Literal["haar", "identity"] = "haar"
-    """Start from a random rotation, or from the layer's own axes."""
-
-    def __post_init__(self) -> None:
-        if self.num_concepts < 0:
-            raise UserError(f"num_concepts must be 0 (the number of features) or that number, got {self.num_concepts}")
-        if self.preset not in _PRESETS:
-            raise UserError(f"preset must be one of {', '.join(_PRESETS)}, got {self.preset!r}")
-        for name in ("steps", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("lambda_s", "lambda_ma", "lambda_mm", "lambda_ic"):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise UserError(f"{name} must not be negative, got {value}")
-        for name in ("tau", "gamma"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} must be positive, got {value}")
-
-    @property
-    def inactive(self) -> tuple[float, float, float]:
-        """``(lambda_ic, tau, gamma)`` with the preset's values where they are open."""
-        chosen = (self.lambda_ic, self.tau, self.gamma)
-        weight, tau, gamma = (p if c is None else c for c, p in zip(chosen, _PRESETS[self.preset], strict=True))
-        return weight, tau, gamma
+_SPECTRUM_FLOOR = 1e-4
 
 
 class InterpretableBasis(RowsExplainer):
@@ -121,6 +72,7 @@ class InterpretableBasis(RowsExplainer):
     bias, log_margin : parameters () or (I,): b and log M.
     mean, scale : buffers (D,): mu and sigma.
     on_rate : buffer (I,), share of the fit rows where each detector is on.
+    whitening, unwhitening : buffers (D, D) with ``whiten``: C^(-1/2) and its inverse, both symmetric.
     signal_vectors : buffer (I, D); d_i where a detector is on in fewer than 50 rows (``signal_rows`` says in how many).
 
     Raises
@@ -136,6 +88,8 @@ class InterpretableBasis(RowsExplainer):
     on_rate: Tensor
     signal_vectors: Tensor
     signal_rows: Tensor
+    whitening: Tensor
+    unwhitening: Tensor
     running: Tensor
     crowded: Tensor
 
@@ -156,6 +110,9 @@ class InterpretableBasis(RowsExplainer):
         self.log_margin = nn.Parameter(torch.full(shape, 0.5).log())
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
+        if config.whiten:
+            self.register_buffer("whitening", torch.eye(features))
+            self.register_buffer("unwhitening", torch.eye(features))
         self.register_buffer("on_rate", torch.zeros(features))
         self.register_buffer("signal_vectors", torch.zeros(features, features))
         self.register_buffer("signal_rows", torch.zeros(features, dtype=torch.long))
@@ -166,6 +123,12 @@ class InterpretableBasis(RowsExplainer):
         self._since: dict[str, Tensor] = {}
 
     # -- the contract ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def needs(cls, config: ExplainerConfig) -> tuple[str, ...]:
+        """The tail for the network term."""
+        assert isinstance(config, InterpretableBasisConfig)
+        return ("tail",) if config.network_weight else ()
 
     @property
     def num_concepts(self) -> int:
@@ -181,7 +144,7 @@ class InterpretableBasis(RowsExplainer):
     @property
     def dictionary(self) -> Tensor:
         """(I, D): the decoding directions d_i = sigma w_i."""
-        return self.basis.T * self.scale
+        return self._raw(self.basis.T)
 
     def train(self, mode: bool = True) -> InterpretableBasis:
         """In eval mode W is a constant: the rotation is folded into its base."""
@@ -196,7 +159,7 @@ class InterpretableBasis(RowsExplainer):
 
     def decode_rows(self, codes: Tensor) -> Tensor:
         """z (N, I) -> rows (N, D), exactly."""
-        return torch.addcmul(self.mean, self.scale, codes.to(self.scale.dtype) @ self.basis.T)
+        return self.mean + self._raw(codes.to(self.scale.dtype) @ self.basis.T)
 
     # -- what else a basis can say --------------------------------------------------------------------------------
 
@@ -213,7 +176,8 @@ class InterpretableBasis(RowsExplainer):
     def filters(self) -> tuple[Tensor, Tensor]:
         """Filters v_i (I, D) and biases (I,) in raw space: l_i = v_i . x - bias_i."""
         margin = self.log_margin.detach().exp().expand(self.num_concepts)
-        filters = (self.basis / self.scale[:, None] / margin).T
+        basis = self.whitening @ self.basis if self.config.whiten else self.basis
+        filters = (basis / self.scale[:, None] / margin).T
         return filters, self.thresholds() / margin + filters @ self.mean
 
     # -- fitting --------------------------------------------------------------------------------------------------
@@ -232,6 +196,8 @@ class InterpretableBasis(RowsExplainer):
             self.notes.append(f"fewer rows ({rows.num_rows}) than features ({self.num_concepts}): expect no recovery")
         self.mean.copy_(mean)
         self.scale.copy_(variance.sqrt().clamp_min(_SIGMA_FLOOR))
+        if self.config.whiten:
+            self._whiten(rows)
         start = torch.eye(self.num_concepts)
         if self.config.init == "haar":
             start = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
@@ -244,17 +210,20 @@ class InterpretableBasis(RowsExplainer):
         self._since.clear()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """``assignment`` (sparsity and activation), ``margin`` and ``inactive`` of rows (N, D), weighted."""
+        """``assignment`` (sparsity and activation), ``margin``, ``inactive``, ``network`` of rows (N, D), weighted."""
         weight, tau, gamma = self.config.inactive
         with parametrize.cached():
+            basis = self.basis
             slope = (-self.log_margin).exp()
-            logits = torch.addmm(-self.bias * slope, self._standardise(batch.activation), self.basis * slope)
+            logits = torch.addmm(-self.bias * slope, self._standardise(batch.activation), basis * slope)
         found = row_terms(logits, (self.config.lambda_s, self.config.lambda_ma), gamma if weight else None)
         terms = {"assignment": found.value, "margin": self.config.lambda_mm * maximum_margin(self.log_margin)}
         if weight:
             nu = tau / self.num_concepts
             gate = self._running_mean(found.activity.detach()) if len(logits) * nu < _GATE_BELOW else None
             terms["inactive"] = weight * inactive_classifier(found.activity, nu, running=gate)
+        if self.config.network_weight:
+            terms["network"] = self.config.network_weight * self._network(batch, basis)
         self._watch |= {
             "loss": torch.stack([t.detach() for t in terms.values()]).sum(),
             "sparsity": found.sparsity,
@@ -331,7 +300,7 @@ class InterpretableBasis(RowsExplainer):
         variance = z_square / n - (z_sum / n).square()
         covariance = xz_sum / n[:, None] - (z_sum / n)[:, None] * (x_sum / n[:, None])
         enough = (count >= _SIGNAL_ROWS) & (variance > 1e-12)
-        written = (covariance / variance.clamp_min(1e-12)[:, None]).to(self.scale.dtype) * self.scale
+        written = self._raw((covariance / variance.clamp_min(1e-12)[:, None]).to(self.scale.dtype))
         self.signal_vectors.copy_(torch.where(enough[:, None], written, self.dictionary))
         self.signal_rows.copy_(count.long())
         self.on_rate.copy_(count / max(total, 1))
@@ -350,7 +319,36 @@ class InterpretableBasis(RowsExplainer):
         return self.rotation.parametrizations.weight  # type: ignore[union-attr]
 
     def _standardise(self, rows: Tensor) -> Tensor:
-        return (rows.to(self.mean.dtype) - self.mean).div_(self.scale)
+        """Rows x (N, D) -> xhat."""
+        xhat = (rows.to(self.mean.dtype) - self.mean).div_(self.scale)
+        return xhat @ self.whitening if self.config.whiten else xhat
+
+    def _raw(self, steps: Tensor) -> Tensor:
+        """Differences of xhat (N, D) -> the same in raw space."""
+        return (steps @ self.unwhitening if self.config.whiten else steps) * self.scale
+
+    def _network(self, batch: Batch, basis: Tensor) -> Tensor:
+        """L_net of the whole activations that came with the batch."""
+        if batch.tail is None or batch.whole is None:
+            raise UserError("lambda_net needs the network behind the layer, and this fit has none: set it to 0")
+        rows = to_rows(batch.whole)
+        kappa = None
+        if self.config.network == "uur":
+            kappa = torch.empty(len(batch.whole), 1, device=rows.device).uniform_(0.5, 0.9)
+            kappa = kappa.repeat_interleave(len(rows) // len(batch.whole), dim=0)
+        moved = rows + self._raw(network_step(self._standardise(rows) @ basis, basis, self.bias, kappa=kappa))
+        return network_certainty(batch.tail(from_rows(moved, tuple(batch.whole.shape[2:]))))
+
+    def _whiten(self, rows: Rows) -> None:
+        """The symmetric root of the inverse correlations, whose spectrum is cut off at 1e-4 below."""
+        self.whitening.copy_(torch.eye(self.num_concepts))
+        total = torch.zeros(self.num_concepts, self.num_concepts, dtype=torch.float64)
+        for xhat in self._slices(rows):
+            total += (xhat.T @ xhat).double().cpu()
+        spectrum, axes = torch.linalg.eigh(total / rows.num_rows)
+        spectrum = spectrum.clamp_min(_SPECTRUM_FLOOR)
+        self.whitening.copy_(axes / spectrum.sqrt() @ axes.T)
+        self.unwhitening.copy_(axes * spectrum.sqrt() @ axes.T)
 
     def _slices(self, rows: Rows) -> Iterator[Tensor]:
         for chunk in rows.chunks():
