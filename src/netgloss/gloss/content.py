@@ -17,6 +17,9 @@ from netgloss.evaluation import Layer
 from netgloss.explainers.base import Explainer
 from netgloss.gloss.deletion import cross_deletion
 from netgloss.gloss.heatmaps import concept_heatmaps
+from netgloss.gloss.mistakes import mistakes_record, shown_images
+from netgloss.gloss.removal import STRENGTHS, is_exact, removal_record, replay
+from netgloss.gloss.similarity import concept_map, concept_similarity, nearest
 from netgloss.gloss.sums import EPS, ConceptSums, by_position, concept_sums
 from netgloss.metrics.importance import explain_class, strongest
 from netgloss.progress import Progress, Silent
@@ -34,6 +37,8 @@ class GlossOptions:
     """Strongest images shown for each concept."""
     examples: int = 24
     """Held-out images explained one by one."""
+    mistakes: int = 24
+    """Mistakes explained besides, some of each group."""
     drivers: int = 6
     """Concepts shown for each explained image."""
     max_classes: int = 60
@@ -91,14 +96,20 @@ def make_gloss(
     if told is not None:
         candidates = np.array([i for i in candidates.tolist() if sums.predictions[i][0] in told], dtype=int)
         sums.by_class = {c: entry for c, entry in sums.by_class.items() if c in told}
+    if told is not None:
+        sums.mistakes = [m for m in sums.mistakes if m.predicted in told]
     examples = _choose_examples(sums, layer, candidates, options)
+    examples = sorted({*examples, *shown_images(sums.mistakes, options.mistakes)})
     shown = sorted({*sums.top_images.flatten().tolist(), *examples})
     codes = _codes(explainer, layer, np.array(shown))
     histograms, ranges = _histograms(explainer, layer, sums, images, options)
     drawn = {i: value for part in layer.maps(np.array(shown)) for i, value in _heat(explainer, *part).items()} or codes
     if drawn is not codes:
         ranges = _heat_ranges(drawn)
-    explained = _explain_examples(explainer, layer, examples, drawn, ranges, options)
+    drove = {m.image: m.concept for m in sums.mistakes if m.concept is not None}
+    explained = _explain_examples(explainer, layer, examples, drawn, ranges, options, drove, affine=affine)
+    similarity, of = concept_similarity(explainer, layer, images[:: max(1, -(-len(images) // options.histogram_images))])
+    neighbours = nearest(similarity)
     names = explainer.name_concepts()
     place = {image: position for position, image in enumerate(shown)}
     influence = sums.influence_K / sums.influence_K.sum().clamp_min(EPS)
@@ -119,6 +130,7 @@ def make_gloss(
                 if float(codes[i][k].max()) > float(sums.low_K[k])  # a dead concept has no strongest image
             ],
             "classes": _served_classes(sums, k, layer.classifier.class_names),
+            "neighbours": neighbours[k],
             "scores": {},
         }
         for k in range(sums.num_concepts)
@@ -133,6 +145,8 @@ def make_gloss(
         "importance": _importance_note(sums, affine=affine, own=told is not None),
         "images": _image_entries(sums, layer, shown, set(heldout_images.tolist()), explained),
         "concepts": concepts,
+        "map": concept_map(similarity, of),
+        "mistakes": mistakes_record(sums.mistakes, sums.labelled, place, layer.classifier.class_names, explained),
         "classes": pages,
     }
     return content, {_thumbnail(i): i for i in shown}
@@ -213,7 +227,11 @@ def _explain_examples(
     drawn: dict[int, np.ndarray],
     ranges: list[ConceptRange],
     options: GlossOptions,
+    drove: dict[int, int],
+    *,
+    affine: bool,
 ) -> dict[int, dict[str, Any]]:
+    """``drove``: the concept behind each mistake, which is then among the drivers that are shown."""
     if explainer.target != "activation" or not examples:
         return {}
     found: dict[int, dict[str, Any]] = {}
@@ -222,9 +240,14 @@ def _explain_examples(
             codes = explainer.encode(batch.activation)
         predicted = batch.logits.argmax(dim=1)
         parts = explain_class(explainer, batch.tail, codes, batch.logits, predicted)
+        orders = [
+            _with(strongest(values_K, options.drivers), drove.get(image))
+            for values_K, image in zip(parts.values.cpu(), batch.index.tolist(), strict=True)
+        ]
+        exact = is_exact(explainer, codes, affine=affine)
+        replayed = replay(explainer, batch, codes, orders, (0.0,) if exact else STRENGTHS)
         for row, image in enumerate(batch.index.tolist()):
-            values_K = parts.values[row].cpu()
-            order = strongest(values_K, options.drivers)
+            values_K, order, best = parts.values[row].cpu(), orders[row], int(predicted[row])
             logit, base = float(batch.logits[row, predicted[row]]), float(parts.base[row])
             found[image] = {
                 "class": layer.classifier.class_names[int(predicted[row])],
@@ -241,8 +264,16 @@ def _explain_examples(
                     }
                     for k in order
                 ],
+                "removal": removal_record(
+                    replayed[row], batch.logits[row], order, layer.classifier.class_names, best, exact=exact
+                ),
             }
     return found
+
+
+def _with(order: list[int], concept: int | None) -> list[int]:
+    """The order with ``concept`` in it, in the last place if it was not there."""
+    return order if concept is None or concept in order else [*order[:-1], concept]
 
 
 def _image_entries(

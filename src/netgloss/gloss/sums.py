@@ -15,6 +15,7 @@ from torch import Tensor
 
 from netgloss.evaluation import Layer, LayerBatch
 from netgloss.explainers.base import Explainer
+from netgloss.gloss.mistakes import Mistake, find_mistakes
 from netgloss.metrics.importance import Contributions, explain_class
 from netgloss.progress import Progress
 
@@ -60,6 +61,8 @@ class ConceptSums:
     abs_gap: float = 0.0
     abs_scale: float = 0.0
     explained: int = 0
+    labelled: int = 0
+    mistakes: list[Mistake] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         k = self.num_concepts
@@ -135,6 +138,8 @@ def concept_sums(
             same = bool((classes == predicted).all())
             of_prediction = of_class if same else explain_class(explainer, batch.tail, codes, batch.logits, predicted)
             sums.add_influence(of_prediction)
+            sums.labelled += int((batch.labels >= 0).sum())
+            sums.mistakes += find_mistakes(batch.index, batch.logits, batch.labels, of_class, of_prediction)
             with torch.no_grad():
                 own = explainer.rebuilt_logits(codes, batch.logits)
                 rebuilt = (batch.tail(explainer.decode(codes)) if own is None else own).argmax(dim=1)

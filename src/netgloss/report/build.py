@@ -13,13 +13,16 @@ import hashlib
 import importlib.resources
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup, escape
+
 from netgloss import figures
 from netgloss.figures.style import HEAT, number
-from netgloss.report import answers
-from netgloss.report.pack import pack_maps, pack_thumbnails
+from netgloss.report import answers, glossary
+from netgloss.report.pack import decoded_pictures, pack_maps, pack_thumbnails
 from netgloss.report.read import RunFiles, read_run
 
 BUDGET = 14_400_000
@@ -28,13 +31,14 @@ BUDGET = 14_400_000
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
-def build_report(run_folder: Path) -> str:
+def build_report(run_folder: Path, *, served: bool = False) -> str:
     """The HTML text of a run's report.
 
     Parameters
     ----------
     run_folder : folder with ``run.json`` and ``concepts.json``, and ``scores.json``, ``history.jsonl`` and thumbnails
         where the run has them.
+    served : for ``netgloss serve``: with the page that explains an uploaded image, which may ask its own server.
 
     Raises
     ------
@@ -48,7 +52,8 @@ def build_report(run_folder: Path) -> str:
     history = _history_chart(files)
     data = _page_data(files)
     fixed = len(to_json(data)) + sum(map(len, charts)) + len(history) + 150_000
-    thumbnails, missing = pack_thumbnails(files.folder, files.concepts["images"], BUDGET - fixed)
+    pictures = data["pictures"] = decoded_pictures(files.concepts["concepts"])
+    thumbnails, missing = pack_thumbnails(files.folder, [*files.concepts["images"], *pictures], BUDGET - fixed)
 
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("netgloss.report", "templates"),
@@ -58,7 +63,8 @@ def build_report(run_folder: Path) -> str:
         lstrip_blocks=True,
     )
     templates.filters.update(number=number, pretty=answers.pretty, percent=answers.percent, plainly=answers.plainly)
-    style, script = _template("report.css"), _template("report.js")
+    templates.filters["marked"] = _marked
+    style, script = _template("report.css"), _script(served)
     scores = [(s, answers.verdict(s), chart) for s, chart in zip(files.scores or [], charts, strict=True)]
     return templates.get_template("report.html").render(
         run=files.run,
@@ -71,6 +77,8 @@ def build_report(run_folder: Path) -> str:
         history=history,
         coarsened=coarsened,
         missing=missing,
+        method=glossary.method_text(files.run["method"]),
+        served=served,
         style=style,
         script=script,
         style_hash=_hash(style),
@@ -91,8 +99,19 @@ def _page_data(files: RunFiles) -> dict[str, Any]:
         "heat": _heat_colours(),
         "maps": bool(files.concepts["grid"]),
         "exact": files.concepts["importance"]["kind"] == "exact",
-        **{name: files.concepts[name] for name in ("images", "concepts", "classes")},
+        "definition": files.concepts["importance"]["definition"],
+        "scores": [_score_data(score) for score in files.scores or []],
+        "baselines": glossary.BASELINES,
+        **{name: files.concepts[name] for name in ("images", "concepts", "classes", "map", "mistakes")},
     }
+
+
+def _score_data(score: dict[str, Any]) -> dict[str, Any]:
+    """A score with its verdict, as its own page shows it."""
+    judged = answers.verdict(score)
+    seeds = len(score["seeds"]) if isinstance(score["seeds"], list) else score["seeds"]
+    count = seeds if isinstance(seeds, int) else None
+    return score | {"seeds": count, "standing": judged.standing, "told": judged.told, "marks": judged.marks}
 
 
 def _rounded(value: Any) -> Any:
@@ -130,8 +149,21 @@ def _history_chart(files: RunFiles) -> str:
     return figures.to_svg(figure, prefix="history-", description="Training curves: each loss term over the steps")
 
 
+def _marked(text: str) -> Markup:
+    """A docstring's paragraph, escaped, with ``code`` set as code."""
+    return Markup(re.sub(r"``(.+?)``", r"<code>\1</code>", str(escape(text))))
+
+
 def _template(name: str) -> str:
     return importlib.resources.files("netgloss.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _script(served: bool) -> str:
+    """The page's script: the files of ``templates/script`` in the order of their names, in one closed scope."""
+    folder = importlib.resources.files("netgloss.report").joinpath("templates", "script")
+    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".js"))
+    parts = [_template(f"script/{name}") for name in names if served or "served" not in name]
+    return "\n".join(['"use strict";', "(() => {", *parts, "})();\n"])
 
 
 def _hash(text: str) -> str:

@@ -79,6 +79,20 @@ def pack_thumbnails(folder: Path, images: list[dict[str, Any]], budget: int) -> 
     return texts, missing
 
 
+def decoded_pictures(concepts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pictures that a decoder made of concepts, to be packed behind the images.
+
+    Their file names in ``concept["decoded"]`` are replaced by their place in the list, in place.
+    """
+    found: list[dict[str, Any]] = []
+    for concept in concepts:
+        for kind in ("removed", "alone"):
+            if concept["decoded"] and concept["decoded"][kind] is not None:
+                found.append({"id": f"{concept['name']}, {kind}", "thumbnail": concept["decoded"][kind]})
+                concept["decoded"][kind] = len(found) - 1
+    return found
+
+
 def _encode(
     file: Path, longest: int, quality: int, kind: str, *, keep: bool = False
 ) -> tuple[bytes, tuple[int, int] | None]:

@@ -84,6 +84,18 @@ CONCEPTS = {
                     "base": "number?",
                     "gap": "number?",
                     "drivers": [{"concept": "index", "contribution": "number?", "map": ("?", MAP)}],
+                    "removal": (
+                        "?",
+                        {
+                            "exact": "flag",
+                            "strengths": ["number"],
+                            "classes": ["text"],
+                            "logits": ["number"],
+                            "ceiling": "number?",
+                            "drivers": ["index"],
+                            "at": [[["number"]]],
+                        },
+                    ),
                 },
             ),
         }
@@ -101,9 +113,41 @@ CONCEPTS = {
             "stability": "number?",
             "gallery": [{"image": "index", "value": "number?", "map": ("?", MAP)}],
             "classes": [{"class": "text", "contribution": "number?", "share": "number?"}],
+            "neighbours": [{"concept": "index", "similarity": "number"}],
+            "decoded": ("?", {"removed": "text?", "alone": "text?", "visibility": "number?", "note": "text?"}),
             "scores": {"*": "number?"},
         }
     ],
+    "map": (
+        "?",
+        {
+            "points": [["number"]],
+            "way": "text?",
+            "of": "text?",
+            "neighbours": "index?",
+            "kept": "number?",
+            "chance": "number?",
+        },
+    ),
+    "mistakes": (
+        "?",
+        {
+            "labelled": "index",
+            "wrong": "index",
+            "groups": [
+                {
+                    "concept": "index?",
+                    "count": "index",
+                    "share": "number?",
+                    "margin": "number?",
+                    "pairs": [{"label": "text", "prediction": "text", "count": "index"}],
+                    "images": ["index"],
+                    "recognised_without": "index?",
+                    "replayed": "index?",
+                }
+            ],
+        },
+    ),
     "classes": [
         {
             "class": "text",
@@ -252,6 +296,7 @@ def _mismatch(where: str, expected: str, value: Any) -> UserError:
 def _check_references(path: Path, concepts: dict[str, Any]) -> None:
     """Concepts are known by their position: ids count up from 0, and every index points at something."""
     num_images, num_concepts = len(concepts["images"]), len(concepts["concepts"])
+    groups = concepts["mistakes"]["groups"] if concepts["mistakes"] else []
     for i, concept in enumerate(concepts["concepts"]):
         if concept["id"] != i:
             raise UserError(f"{path}: concepts[{i}].id should be {i}, is {concept['id']}")
@@ -260,11 +305,34 @@ def _check_references(path: Path, concepts: dict[str, Any]) -> None:
                 raise UserError(
                     f"{path}: concepts[{i}].gallery[{j}].image is {entry['image']}, there are {num_images} images"
                 )
-    drivers = [d for image in concepts["images"] if image["explained"] for d in image["explained"]["drivers"]]
-    named = [k for entry in concepts["classes"] if entry["deletion"] for k in entry["deletion"]["concepts"]]
+    for j in (j for group in groups for j in group["images"]):
+        if j >= num_images:
+            raise UserError(f"{path}: a group of mistakes names image {j}, there are {num_images} images")
+    explained = [image["explained"] for image in concepts["images"] if image["explained"]]
+    removals = [(i, image["explained"]["removal"]) for i, image in enumerate(concepts["images"]) if image["explained"]]
+    named = [driver["concept"] for entry in explained for driver in entry["drivers"]]
+    named += [k for _, removal in removals if removal for k in removal["drivers"]]
+    named += [k for entry in concepts["classes"] if entry["deletion"] for k in entry["deletion"]["concepts"]]
+    named += [use["concept"] for entry in concepts["classes"] for use in entry["concepts"]]
+    named += [near["concept"] for concept in concepts["concepts"] for near in concept["neighbours"]]
+    named += [group["concept"] for group in groups if group["concept"] is not None]
     for k in named:
         if k >= num_concepts:
             raise UserError(f"{path} refers to concept {k}, there are {num_concepts} concepts")
-    for use in drivers + [c for entry in concepts["classes"] for c in entry["concepts"]]:
-        if use["concept"] >= num_concepts:
-            raise UserError(f"{path} refers to concept {use['concept']}, there are {num_concepts} concepts")
+    for i, removal in removals:
+        if removal and not _is_even(removal):
+            raise UserError(f"{path}: images[{i}].explained.removal has tables of uneven size")
+    points = concepts["map"]["points"] if concepts["map"] else None
+    if points is not None and (len(points) != num_concepts or any(len(point) != 2 for point in points)):
+        raise UserError(f"{path}: map.points should be {num_concepts} pairs")
+
+
+def _is_even(removal: dict[str, Any]) -> bool:
+    """One logit for each driver, strength and class; strength 0 is among them."""
+    drivers, strengths, classes = (len(removal[name]) for name in ("drivers", "strengths", "classes"))
+    return (
+        0.0 in removal["strengths"]
+        and len(removal["logits"]) == classes
+        and len(removal["at"]) == drivers
+        and all(len(rows) == strengths and all(len(row) == classes for row in rows) for rows in removal["at"])
+    )
