@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from netgloss.cli.serve import Serve
 from netgloss.cli.terminal import Bars, command_line, console, is_main_process, print_problems, print_scores
 from netgloss.errors import UserError
 
@@ -328,5 +329,6 @@ VERBS: dict[str, type] = {
     "fit": Fit,
     "evaluate": Evaluate,
     "report": Report,
+    "serve": Serve,
     "demo": Demo,
 }

@@ -5,7 +5,6 @@ Shape letters: B images, K concepts, H W grid, P positions.
 
 from __future__ import annotations
 
-import base64
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 from netgloss.evaluation import Layer
 from netgloss.explainers.base import Explainer
 from netgloss.gloss.deletion import cross_deletion
-from netgloss.gloss.heatmaps import concept_heatmaps
+from netgloss.gloss.examples import explain_images
+from netgloss.gloss.heatmaps import ConceptRange, concept_heatmaps
 from netgloss.gloss.mistakes import mistakes_record, shown_images
-from netgloss.gloss.removal import STRENGTHS, is_exact, removal_record, replay
 from netgloss.gloss.similarity import concept_map, concept_similarity, nearest
 from netgloss.gloss.sums import EPS, ConceptSums, by_position, concept_sums
-from netgloss.metrics.importance import explain_class, strongest
+from netgloss.metrics.importance import strongest
 from netgloss.progress import Progress, Silent
 
 _CONTOUR_QUANTILE = 0.98
@@ -45,29 +44,6 @@ class GlossOptions:
     """Classes shown, most frequent first."""
     histogram_images: int = 2000
     """Images that the activation histograms are drawn from."""
-
-
-@dataclass(frozen=True)
-class ConceptRange:
-    """How a concept's maps are drawn: one scale for all images, and the level of the contour."""
-
-    low: float
-    high: float
-    contour: float
-
-    def encode(self, values: np.ndarray) -> dict[str, Any] | None:
-        """A map (H, W) as the report reads it: base64 of uint8 between low and high; None for a scalar."""
-        if values.ndim == 0:
-            return None
-        span = max(self.high - self.low, EPS)
-        scaled = np.round(np.clip((values - self.low) / span, 0, 1) * 255).astype(np.uint8)
-        return {
-            "grid": list(values.shape),
-            "data": base64.b64encode(scaled.tobytes()).decode(),
-            "low": self.low,
-            "high": self.high,
-            "threshold": int(np.clip(round((self.contour - self.low) / span * 255), 1, 254)),
-        }
 
 
 def make_gloss(
@@ -108,7 +84,7 @@ def make_gloss(
         ranges = _heat_ranges(drawn)
     drove = {m.image: m.concept for m in sums.mistakes if m.concept is not None}
     explained = _explain_examples(explainer, layer, examples, drawn, ranges, options, drove, affine=affine)
-    similarity, of = concept_similarity(explainer, layer, images[:: max(1, -(-len(images) // options.histogram_images))])
+    similarity, of = concept_similarity(explainer, layer, images[:: -(-len(images) // options.histogram_images)])
     neighbours = nearest(similarity)
     names = explainer.name_concepts()
     place = {image: position for position, image in enumerate(shown)}
@@ -236,44 +212,19 @@ def _explain_examples(
         return {}
     found: dict[int, dict[str, Any]] = {}
     for batch in layer.batches(np.array(sorted(examples))):
-        with torch.no_grad():
-            codes = explainer.encode(batch.activation)
-        predicted = batch.logits.argmax(dim=1)
-        parts = explain_class(explainer, batch.tail, codes, batch.logits, predicted)
-        orders = [
-            _with(strongest(values_K, options.drivers), drove.get(image))
-            for values_K, image in zip(parts.values.cpu(), batch.index.tolist(), strict=True)
-        ]
-        exact = is_exact(explainer, codes, affine=affine)
-        replayed = replay(explainer, batch, codes, orders, (0.0,) if exact else STRENGTHS)
-        for row, image in enumerate(batch.index.tolist()):
-            values_K, order, best = parts.values[row].cpu(), orders[row], int(predicted[row])
-            logit, base = float(batch.logits[row, predicted[row]]), float(parts.base[row])
-            found[image] = {
-                "class": layer.classifier.class_names[int(predicted[row])],
-                "logit": logit,
-                "rebuilt": float(parts.rebuilt[row]),
-                "base": base,
-                "gap": logit - base - float(values_K.sum()),
-                "others": float(values_K.sum() - values_K[order].sum()),
-                "drivers": [
-                    {
-                        "concept": k,
-                        "contribution": float(values_K[k]),
-                        "map": ranges[k].encode(drawn[image][k]),
-                    }
-                    for k in order
-                ],
-                "removal": removal_record(
-                    replayed[row], batch.logits[row], order, layer.classifier.class_names, best, exact=exact
-                ),
-            }
+        images = batch.index.tolist()
+        told = explain_images(
+            explainer,
+            batch,
+            [drawn[image] for image in images],
+            ranges,
+            layer.classifier.class_names,
+            drivers=options.drivers,
+            also=[drove.get(image) for image in images],
+            affine=affine,
+        )
+        found.update(zip(images, told, strict=True))
     return found
-
-
-def _with(order: list[int], concept: int | None) -> list[int]:
-    """The order with ``concept`` in it, in the last place if it was not there."""
-    return order if concept is None or concept in order else [*order[:-1], concept]
 
 
 def _image_entries(

@@ -9,8 +9,12 @@ Shape letters: B images, C features, H W grid, K concepts.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,3 +33,26 @@ def concept_heatmaps(encode: Callable[[Tensor], Tensor], maps: Tensor, concepts:
     given = maps.detach().requires_grad_(True)
     found = [attribution.attribute(given, target=k).sum(dim=1).clamp_min(0).detach() for k in concepts]
     return torch.stack(found, dim=1)
+
+
+@dataclass(frozen=True)
+class ConceptRange:
+    """How a concept's maps are drawn: one scale for all images, and the level of the contour."""
+
+    low: float
+    high: float
+    contour: float
+
+    def encode(self, values: np.ndarray) -> dict[str, Any] | None:
+        """A map (H, W) as the report reads it: base64 of uint8 between low and high; None for a scalar."""
+        if values.ndim == 0:
+            return None
+        span = max(self.high - self.low, 1e-12)
+        scaled = np.round(np.clip((values - self.low) / span, 0, 1) * 255).astype(np.uint8)
+        return {
+            "grid": list(values.shape),
+            "data": base64.b64encode(scaled.tobytes()).decode(),
+            "low": self.low,
+            "high": self.high,
+            "threshold": int(np.clip(round((self.contour - self.low) / span * 255), 1, 254)),
+        }

@@ -89,8 +89,11 @@ def mistakes_record(
     """
     groups = []
     for concept, members in groups_of(mistakes):
-        without = [_winner_without(explained.get(m.image), concept) == class_names[m.label] for m in members
-                   if _winner_without(explained.get(m.image), concept) is not None]
+        without = [
+            _winner_without(explained.get(m.image), concept) == class_names[m.label]
+            for m in members
+            if _winner_without(explained.get(m.image), concept) is not None
+        ]
         pairs = Counter((m.label, m.predicted) for m in members)
         groups.append(
             {

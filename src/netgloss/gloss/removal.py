@@ -58,7 +58,7 @@ def replay(
             return rebuilt
         return batch.tail(batch.activation + explainer.decode(scaled) - decoded)
 
-    decoded = None if own else explainer.decode(codes)
+    decoded = codes if own else explainer.decode(codes)
     whole = answer(codes)
     slots = max((len(chosen) for chosen in drivers), default=0)
     found = logits[:, None, None].repeat(1, slots, len(strengths), 1)

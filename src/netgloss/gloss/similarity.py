@@ -54,7 +54,8 @@ def nearest(similarity: Tensor, count: int = _NEAREST) -> list[list[dict[str, An
     """For each concept the ``count`` most similar others, nearest first; equally near ones in their order."""
     order = _others(-similarity.double().numpy())[:, :count]
     return [
-        [{"concept": int(j), "similarity": float(similarity[k, j])} for j in row] for k, row in enumerate(order.tolist())
+        [{"concept": int(j), "similarity": float(similarity[k, j])} for j in row]
+        for k, row in enumerate(order.tolist())
     ]
 
 

@@ -81,7 +81,11 @@ def _options(tree: ast.Module) -> dict[str, str]:
     found = {}
     for cls in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
         for before, after in zip(cls.body, cls.body[1:], strict=False):
-            if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and isinstance(after, ast.Expr):
+            if (
+                isinstance(before, ast.AnnAssign)
+                and isinstance(before.target, ast.Name)
+                and isinstance(after, ast.Expr)
+            ):
                 text = after.value.value if isinstance(after.value, ast.Constant) else None
                 if isinstance(text, str):
                     found[before.target.id] = " ".join(text.split())

@@ -44,7 +44,7 @@ def pack_maps(concepts: dict[str, Any]) -> int | None:
     if sum(len(holder["map"]["data"]) + 40 for holder in holders) > MAP_BUDGET:
         side = next((s for s in SIDES if len(holders) * (s * s * 4 / 3 + 40) <= MAP_BUDGET), SIDES[-1])
     for holder in holders:
-        holder["map"] = _pack_map(holder["map"], side)
+        holder["map"] = pack_map(holder["map"], side)
     return side
 
 
@@ -122,7 +122,8 @@ def _map_holders(concepts: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from (entry for entry in image["explained"]["drivers"] if entry["map"])
 
 
-def _pack_map(record: dict[str, Any], side: int | None) -> list[Any]:
+def pack_map(record: dict[str, Any], side: int | None = None) -> list[Any]:
+    """One map as ``[h, w, base64 of h*w uint8, low, high, threshold]``, at most ``side`` cells long."""
     try:
         values = np.frombuffer(base64.b64decode(record["data"], validate=True), dtype=np.uint8)
         height, width = record["grid"]

@@ -60,5 +60,6 @@ function imagePage(index) {
         h("p", { class: "sum" }, "Together: the logit ", h("b", null, number(why.logit)), data.exact ? "." : ", approximately: contributions are gradient × concept.")) : null,
         inGalleries.length ? section("Among the strongest images of", h("ul", { class: "answers" }, inGalleries.map(([c, entry]) =>
           h("li", null, conceptLink(c.id), ` (${number(entry.value)})`)))) : null)),
-    why ? removalPanel(why.removal, image.label) : null);
+    why ? removalPanel(why.removal, image.label) : null,
+    image.downloads ? h("p", null, image.downloads.map(([name, href], i) => [i ? " · " : "", h("a", { href, download: name }, `Save ${name}`)])) : null);
 }

@@ -3,6 +3,7 @@
 const lists = { concepts: atlas, classes: classList, images: imageList, mistakes: mistakesPage };
 const details = { concepts: conceptPage, classes: classPage, images: imagePage, scores: scorePage };
 if (data.map) lists.map = mapPage;
+if (typeof tryPage !== "undefined") lists.try = tryPage; // only where netgloss serve shows the report
 const written = ["scores", "method", "run"]; // pages whose text is in the file
 const parent = { map: "concepts" };
 const scrolled = {};
