@@ -10,7 +10,7 @@ const scrolled = {};
 let here = null;
 function route() {
   const [kind = "", index] = location.hash.replace(/^#\/?/, "").split("/");
-  if (kind === "main") return;
+  if (kind === "main" || location.hash === here) return;
   scrolled[here] = window.scrollY;
   const first = here === null;
   here = location.hash;
