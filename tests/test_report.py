@@ -20,6 +20,8 @@ from netgloss.errors import UserError
 from netgloss.report import build_report
 from netgloss.report.answers import verdict
 from netgloss.report.build import to_json
+from netgloss.report.glossary import method_text
+from netgloss.run import Run
 
 
 class Page(HTMLParser):
@@ -286,3 +288,76 @@ def test_hostile_report_in_a_browser(hostile: tuple[Path, str], tmp_path: Path) 
     assert [tag for tag, _ in page.elements].count("canvas") >= 4
     assert [tag for tag, _ in page.elements].count("script") == 3
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_a_run_shows_itself_in_a_notebook(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", hostile=True)
+    shown = Run(folder)._repr_html_()
+    page = Page(shown)
+    tags = {tag for tag, _ in page.elements}
+    assert tags <= {"div", "b", "br", "small", "table", "thead", "tbody", "tr", "th", "td", "img", "code", "p"}
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+    assert len(sources) == 18
+    assert all(source and source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert SCRIPT in page.text
+    for told in ("agreement", "0.910 to 0.960", "worse than natural axes"):
+        assert told in page.text
+    assert len(shown) < 200_000
+
+
+def test_an_unfinished_run_in_a_notebook_says_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "concepts.json").unlink()
+    write(folder / "run.json", run | {"status": "started"})
+    assert "started" in Run(folder)._repr_html_()
+    assert "<table>" not in Run(folder)._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["concepts", 0, "neighbours", 0, "concept"], 6, "concept 6, there are 6"),
+        (["map", "points"], [[0, 0]], "map.points should be 6 pairs"),
+        (["mistakes", "groups", 0, "images"], [99], "names image 99"),
+        (["mistakes", "groups", 0, "concept"], 9, "concept 9, there are 6"),
+        (["images", 0, "explained", "removal", "at"], [[[1.0]]], "tables of uneven size"),
+        (["images", 0, "explained", "removal", "strengths"], [0.5], "tables of uneven size"),
+        (["images", 0, "explained", "removal", "logits", 0], None, "should be a finite number"),
+    ],
+)
+def test_what_belongs_together_is_checked(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
+    test_malformed_fields_are_named(tmp_path, "concepts.json", path, value, message)
+
+
+def test_a_run_from_before_maps_and_mistakes_still_opens(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    concepts = json.loads((run / "concepts.json").read_text())
+    del concepts["map"], concepts["mistakes"]
+    for concept in concepts["concepts"]:
+        del concept["neighbours"]
+    for image in concepts["images"]:
+        del image["explained"]["removal"]
+    write(run / "concepts.json", concepts)
+    assert Page(build_report(run)).data()["map"] is None
+
+
+def test_a_method_is_defined_by_its_own_file() -> None:
+    text = method_text("nmf")
+    assert text is not None
+    assert text.title.startswith("Non-negative matrix factorisation")
+    assert any("argmin" in block.text and block.set_as_is for block in text.blocks)
+    assert text.options["num_concepts"] == "Number of concepts K."
+    assert "max_iter" in text.options
+    for outside in (None, "../run", "/etc/passwd", "method.py:Class", "no-such-method", "__init__"):
+        assert method_text(outside) is None
+
+
+def test_every_method_and_baseline_has_its_definition() -> None:
+    from netgloss.explainers.base import explainer_names
+
+    for name in explainer_names():
+        text = method_text(name)
+        assert text is not None, name
+        assert len(text.blocks) > 0, name

@@ -253,6 +253,12 @@ class Run:
         lines += [f"  {s.metric:<24}{s.value if s.value is not None else float('nan'):.4g}" for s in self.scores]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of the run: its scores and leading concepts."""
+        from netgloss.report.notebook import summary
+
+        return summary(self)
+
 
 class FileCheckpoint:
     """State of an unfinished fit, in one safetensors file (its values travel in the header)."""
