@@ -1,14 +1,15 @@
-# make demo: a report from a fresh clone. make test: the tests. Both make .venv and install what they need.
+# make demo: a report from a fresh clone. make test: the tests. make docs: the documentation as a site.
+# Each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs gallery format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -22,9 +23,15 @@ check: $(VENV)/.installed
 test: check
 	$(BIN)/python -m pytest
 
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+gallery: $(VENV)/.installed
+	$(BIN)/python scripts/make_gallery.py
+
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site
