@@ -51,9 +51,10 @@ def main() -> None:
 def introduction(run: Run) -> list[str]:
     used = versions()
     named = ", ".join(f"{name} {used[name]}" for name in ("netgloss", "torch", "scikit-learn"))
+    concepts, images = run.manifest["config"]["num_concepts"], run.manifest["data"]["num_images"]
     return [
-        f"One run of `{run.method}` with {run.manifest['config']['num_concepts']} concepts on layer `{run.layer}` of the",
-        f"network that ships with netgloss, on {run.manifest['data']['num_images']} Critters ([what they are](critters.md)),",
+        f"One run of `{run.method}` with {concepts} concepts on layer `{run.layer}` of the network that ships with",
+        f"netgloss, on {images} Critters ([what they are](critters.md)),",
         f"{len(run.seeds)} seeds. Made by `python scripts/make_gallery.py` with {named}.",
         "",
     ]
