@@ -18,3 +18,7 @@ def shared() -> Path:
     if not (folder / "weights").is_dir():
         pytest.skip(f"needs the real networks and images: no {folder}/weights (set NETGLOSS_DATA)")
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-hostile", action="store_true", help="every hostile input, not only a share of them")

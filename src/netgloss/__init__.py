@@ -46,6 +46,7 @@ _HOME = {
     "open_images": "data",
     "replaced": "classifiers",
     "show": "pipeline",
+    "trust_code": "trust",
 }
 
 __all__ = sorted(_HOME)

@@ -27,7 +27,7 @@ from netgloss.evaluation import (
     per_concept_stability,
     shuffled_subject,
 )
-from netgloss.explainers.base import Explainer, find_explainer
+from netgloss.explainers.base import Explainer
 from netgloss.fitting import make_tail, open_stream, upper_layers
 from netgloss.gloss import GlossOptions, make_gloss
 from netgloss.progress import Progress, Silent
@@ -97,6 +97,7 @@ def evaluate_run(
     if store.key.address != run.manifest["store_address"]:
         raise UserError(f"the store {store.path} is not the one that the run {run.path} was fitted on")
     store.require_complete()
+    run.remove_leftovers()
     if store.is_subsampled(run.layer):
         raise UserError(f"layer {run.layer!r} was captured with --positions; evaluation needs whole maps")
     classifier = classifier or run.classifier()
@@ -208,8 +209,8 @@ def _untrained_control(
     run: Run, classifier: Classifier, source: ImageSource, count: int, progress: Progress
 ) -> dict[str, ImageMetric] | None:
     """The same method on the same architecture with random weights, its activations in a temporary store."""
-    cls = find_explainer(run.method)
-    config = run.explainer.config
+    fitted = run.explainer
+    cls, config = type(fitted), fitted.config
     picks = np.sort(np.random.default_rng(0).choice(len(source), size=min(count, len(source)), replace=False))
     if len(picks) < 4:
         return None

@@ -15,6 +15,11 @@ class UserError(ValueError):
     """A mistake in what the user passed, or a state of their files, told in one line."""
 
 
+def one_line(text: object) -> str:
+    """``text`` on one line that a terminal shows as it is: control characters and line breaks are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text))
+
+
 def nearest(name: str, known: Iterable[str], *, limit: int = 5) -> list[str]:
     """The known names closest to ``name``, best first (for "did you mean")."""
     known = list(known)

@@ -133,6 +133,8 @@ def fit_run(
                     run.save_explainer(run.explainer, seed)
             elif cls.learned or fabric.is_global_zero:
                 _fit_seed(run, cls, config, spec, stream, seed, fabric, progress)
+        elif fabric.is_global_zero:
+            run.checkpoint(seed).remove()  # of a fit that was killed after its explainer was saved
         fabric.barrier()
     if not fabric.is_global_zero:
         return run

@@ -26,15 +26,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from netgloss.activations.store import writing_to
+from netgloss.activations.store import remove_leftovers, writing_to
 from netgloss.errors import UserError
+from netgloss.trust import check_code
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
     from netgloss.classifiers import Classifier
-    from netgloss.explainers.base import Explainer, LayerSpec
+    from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
     from netgloss.metrics import Score
 
 FORMAT_VERSION = 1
@@ -69,8 +70,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not readable JSON: {reason}") from error
 
 
 def to_json(value: Any) -> str:
@@ -119,8 +121,11 @@ class Run:
             "warnings": [],
             **manifest,
         }
+        if path.is_dir():
+            remove_leftovers(path)
         if (path / "run.json").exists():
             run = cls(path)
+            run.remove_leftovers()
             asked = json.loads(to_json(fresh))
             differing = [name for name in _IDENTITY if run.manifest.get(name) != asked.get(name)]
             if differing and (any(path.glob("explainer*.safetensors")) or any(path.glob("*.checkpoint.safetensors"))):
@@ -136,6 +141,11 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "run.json", to_json(fresh))
         return cls(path)
+
+    def remove_leftovers(self) -> None:
+        """Removes what a killed command left half-written; for the one process that writes to the folder."""
+        for folder in (self.path, self.path / "images", self.path / "dissection"):
+            remove_leftovers(folder)
 
     def update(self, **values: Any) -> None:
         """Changes entries of run.json."""
@@ -180,7 +190,7 @@ class Run:
             "notes": json.dumps(list(getattr(explainer, "notes", []))),
         }
         state = {name: value.contiguous() for name, value in explainer.state_dict().items()}
-        write_atomically(self.explainer_path(seed), save(state, metadata=header))
+        write_atomically(self.explainer_path(seed), in_order(save(state, metadata=header)))
 
     @property
     def explainer(self) -> Explainer:
@@ -244,6 +254,7 @@ class Run:
         """Renders report.html from what the folder holds."""
         from netgloss.report import build_report
 
+        self.remove_leftovers()
         path = self.path / "report.html"
         write_atomically(path, build_report(self.path))
         return path
@@ -295,6 +306,16 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def in_order(data: bytes) -> bytes:
+    """A safetensors file with the entries of its header sorted: equal contents are equal bytes (safetensors writes the
+    metadata in a random order)."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
@@ -307,11 +328,32 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+_DAMAGED = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, LookupError, MemoryError)
+"""What values of the wrong kind, from a file that anybody may have written, make fail."""
+
+
+def _check_shapes(
+    cls: type[Explainer], config: ExplainerConfig, spec: LayerSpec, tensors: Mapping[str, Tensor]
+) -> None:
+    """Builds the explainer without memory first: sizes that the file only claims must not be allocated."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            claimed = cls(config, spec).state_dict()
+    except (NotImplementedError, RuntimeError):  # a method whose constructor computes values
+        return
+    wrong = [name for name, value in claimed.items() if name not in tensors or tensors[name].shape != value.shape]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong[:3])} missing or not of the shape that its config says")
+
+
 def load_explainer(path: str | Path) -> Explainer:
     """A fitted explainer from its safetensors file alone."""
     from netgloss.explainers.base import LayerSpec, config_from_dict, find_explainer
 
     tensors, header = _read_safetensors(Path(path))
+    check_code(header.get("method", ""), str(path))
     try:
         cls = find_explainer(header["method"])
         fields = json.loads(header["spec"])
@@ -323,13 +365,16 @@ def load_explainer(path: str | Path) -> Explainer:
                 "upper": {name: tuple(shape) for name, shape in fields["upper"].items()},
             }
         )
-        explainer = cls(config_from_dict(cls, json.loads(header["config"])), spec)
+        config = config_from_dict(cls, json.loads(header["config"]))
+        _check_shapes(cls, config, spec, tensors)
+        explainer = cls(config, spec)
         explainer.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        explainer.notes = [str(note) for note in json.loads(header.get("notes", "[]"))]
+    except _DAMAGED as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is not an explainer of netgloss: {str(error).splitlines()[0]}") from error
-    explainer.notes = json.loads(header.get("notes", "[]"))
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is not an explainer of netgloss: {reason}") from error
     return explainer.eval()
 
 

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from netgloss.activations.store import Store, StoreInfo, StoreKey, estimate_bytes, stored_shape
+from netgloss.activations.store import (
+    Store,
+    StoreInfo,
+    StoreKey,
+    estimate_bytes,
+    remove_leftovers,
+    stored_shape,
+)
 from netgloss.errors import UserError
 from netgloss.progress import Progress, Silent
 
@@ -83,8 +90,11 @@ def prepare_store(
     options: CaptureOptions | None = None,
     info: StoreInfo | None = None,
     progress: Progress | None = None,
+    world: int = 1,
 ) -> Store:
     """The store at ``out`` that :func:`capture` fills: a new one, or the one of an interrupted capture.
+
+    With ``world = 1``, what killed captures left half-written at ``out`` is removed: no other process may write there.
 
     Raises
     ------
@@ -99,8 +109,13 @@ def prepare_store(
     layers = [classifier.check_layer(name) for name in dict.fromkeys(layers)]
     key = store_key(classifier, source, layers, options)
     out = Path(out)
+    if world == 1:
+        remove_leftovers(out.parent, out.name)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        return Store.open(out, expect=key)
+        store = Store.open(out, expect=key)
+        if world == 1 and store.pending:
+            store.remove_leftovers()
+        return store
     shapes, num_classes = _probe(classifier, layers)
     size = estimate_bytes(shapes, len(source), dtype=options.dtype, positions=options.positions)
     shown = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
@@ -148,7 +163,9 @@ def capture(
     """
     options = options or CaptureOptions()
     progress = progress or Silent()
-    store = prepare_store(classifier, source, layers, out, options=options, info=info, progress=progress)
+    store = prepare_store(
+        classifier, source, layers, out, options=options, info=info, progress=progress, world=world
+    )
     pending = [c for c in store.pending if c % world == rank]
     if pending:
         _capture_chunks(store, classifier, source, pending, options, progress)

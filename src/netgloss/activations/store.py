@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,33 @@ def writing_to(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(f"cannot write to {path}: {reason}") from error
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes what killed writers left in ``folder``: neighbours ``NAME.partPID`` of processes that live no more.
+
+    Only for the process that writes to ``folder``, before it does: a live writer on another machine looks dead here.
+    """
+    escaped = "*" if name == "*" else glob.escape(name)
+    for part in [*folder.glob(f"{escaped}.part[0-9]*"), *folder.glob(f".{escaped}.part[0-9]*")]:
+        pid = part.name.rpartition(".part")[2]
+        if not pid.isdecimal() or _lives(int(pid)):
+            continue
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                part.unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 class Store:
@@ -238,6 +266,14 @@ class Store:
     def pending(self) -> list[int]:
         """Chunks that are not complete yet."""
         return [int(c) for c in np.flatnonzero(np.asarray(self._array("complete")[:]) != 1)]
+
+    def remove_leftovers(self) -> None:
+        """Removes the halves of chunk files that a killed capture left; not while another process captures."""
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                if name.endswith(".partial"):
+                    with suppress(OSError):
+                        os.unlink(os.path.join(folder, name))
 
     def require_complete(self) -> None:
         """UserError if the capture was interrupted."""

@@ -24,6 +24,7 @@ from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.classifiers.sources import Built, build
 from netgloss.classifiers.taps import find_layer
 from netgloss.errors import UserError
+from netgloss.trust import check_code
 
 
 class Classifier:
@@ -240,7 +241,9 @@ def load_from_spec(
     UserError
         If the weights differ from those described, or something is missing.
     """
+    spec = _checked_spec(spec)
     name = spec["name"]
+    check_code(name, "what describes the network")
     if net is None and name.startswith("module:"):
         raise UserError(
             f"the classifier {name.removeprefix('module:')!r} was given as a module: pass it again (net=...)"
@@ -266,6 +269,27 @@ def load_from_spec(
             f"{spec['weights_hash'][:12]}...)"
         )
     return classifier
+
+
+def _checked_spec(spec: Any) -> dict[str, Any]:
+    """``spec`` if its fields are of the right kinds: it may come from anybody's folder."""
+    kinds: dict[str, Any] = {
+        "name": str,
+        "checkpoint": (str, type(None)),
+        "random_weights": bool,
+        "num_classes": (int, type(None)),
+        "class_names": list,
+        "preprocessing": dict,
+        "seed": int,
+        "imagenet": (str, type(None)),
+        "weights_hash": str,
+    }
+    if not isinstance(spec, Mapping):
+        raise UserError(f"a network is described by a record, not by a {type(spec).__name__}")
+    wrong = [name for name, kind in kinds.items() if name not in spec or not isinstance(spec[name], kind)]
+    if wrong:
+        raise UserError(f"the description of the network is damaged: {', '.join(wrong)} missing or of the wrong kind")
+    return dict(spec)
 
 
 def reinitialised(net: nn.Module, *, seed: int) -> nn.Module:

@@ -42,6 +42,9 @@ class Geometry:
     height: int
 
 
+_MOST_PIXELS = 2**24  # of a network's input: more than any network takes, and it still fits in memory
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """From a PIL image to the network's input.
@@ -85,6 +88,8 @@ class Preprocessing:
                 "preprocessing needs size=(H, W) and resize=None, side or (H, W) in positive pixels, got "
                 f"size={self.size}, resize={self.resize}"
             )
+        if size[0] * size[1] > _MOST_PIXELS:
+            raise UserError(f"an input of {size[0]} x {size[1]} pixels is above the limit of {_MOST_PIXELS} pixels")
         if self.crop != "center":
             raise UserError(f"preprocessing knows crop='center' only, got {self.crop!r}")
         if self.interpolation not in INTERPOLATIONS:
@@ -192,7 +197,12 @@ class Preprocessing:
         if "size" not in values:
             raise UserError(f"preprocessing needs a 'size' [H, W], got only {', '.join(values) or 'nothing'}")
         options = dict(values)
-        return cls(size=options.pop("size")).with_options(**options)
+        try:
+            return cls(size=options.pop("size")).with_options(**options)
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the preprocessing {str(dict(values))[:120]} makes no sense: {error}") from error
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """(rows, columns) after the resize."""

@@ -23,6 +23,7 @@ from torch import nn
 
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.errors import UserError, nearest
+from netgloss.trust import note_code
 
 
 @dataclass
@@ -83,6 +84,7 @@ def _from_module(net: nn.Module, name: str, origin: str) -> Built:
 def _from_file(path: Path, factory: str, num_classes: int | None) -> nn.Module:
     if not path.is_file():
         raise UserError(f"the classifier's file {path} does not exist")
+    note_code(path)
     module_name = f"netgloss_classifier_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None

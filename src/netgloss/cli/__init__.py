@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from netgloss.cli.verbs import FLAT, VERBS
-from netgloss.errors import UserError, nearest
+from netgloss.errors import UserError, nearest, one_line
 
 _WITH_METHOD = ("explain", "fit")
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _dispatch(arguments)
     except UserError as error:
-        print(f"netgloss: {error}", file=sys.stderr)
+        print(f"netgloss: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nnetgloss: interrupted; the same command continues where it stopped", file=sys.stderr)
@@ -37,7 +37,12 @@ def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return
-    verb, rest = arguments[0], arguments[1:]
+    if "--trust-code" in arguments:
+        from netgloss.trust import trust_code
+
+        trust_code()
+        arguments = [a for a in arguments if a != "--trust-code"]
+    verb, rest = (arguments or ["--help"])[0], arguments[1:]
     if verb == "--version":
         from importlib.metadata import version
 
@@ -92,6 +97,7 @@ def _overview() -> str:
         "",
         *(f"  {name:<10}{(cls.__doc__ or '').strip()}" for name, cls in VERBS.items()),
         "",
+        "--trust-code lets the run or store that a command reads name Python files to run (own networks and methods).",
         "netgloss COMMAND --help tells a command's flags. To begin: netgloss demo --out demo",
     ]
     return "\n".join(lines)

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+from netgloss.errors import one_line
+
 
 def command_line() -> str:
     return shlex.join(["netgloss", *sys.argv[1:]])
@@ -21,7 +23,7 @@ def is_main_process() -> bool:
 def console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def print_problems(problems: dict[str, str], limit: int = 5) -> None:
@@ -29,7 +31,7 @@ def print_problems(problems: dict[str, str], limit: int = 5) -> None:
         out = console()
         out.print(f"{len(problems)} image(s) could not be read and were skipped:", style="yellow")
         for reason in list(problems.values())[:limit]:
-            out.print(f"  {reason}", markup=False)
+            out.print(f"  {one_line(reason)}")
 
 
 def print_scores(run: Any) -> None:
@@ -42,11 +44,12 @@ def print_scores(run: Any) -> None:
         beside = ", ".join(
             f"{name.replace('_', ' ')} {value:.3f}" for name, value in s.baselines.items() if value is not None
         )
-        table.add_row(s.metric + arrow, f"{s.value:.3f}", f"{low} .. {high}", beside)
+        value = "-" if s.value is None else f"{s.value:.3f}"
+        table.add_row(*map(one_line, (s.metric + arrow, value, f"{low} .. {high}", beside)))
     out = console()
     out.print(table)
     for warning in run.manifest.get("warnings", []):
-        out.print(f"note: {warning}", style="yellow", markup=False)
+        out.print(f"note: {one_line(warning)}", style="yellow")
 
 
 class Bars:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from netgloss.data.critters import Critters
 
 
+_MOST_DIGITS = 7  # of a number of scenes: their names are held in memory
+
+
 class TimmSource(ImageSource):
     """A data set of timm (or, through it, of torchvision or Hugging Face) that can be read by number."""
 
@@ -142,6 +145,8 @@ def open_critters(spec: str) -> CrittersSource:
             raise UserError(f"{spec}: {key} must be of type {known[key].__name__}, got {value!r}")
     if count and not count.isdecimal():
         raise UserError(f"{spec}: critters:N wants the number of scenes, got {count!r}")
+    if len(count) > _MOST_DIGITS:
+        raise UserError(f"{printable(spec)}: at most {10**_MOST_DIGITS - 1} scenes")
     config = CrittersConfig(**options)
     return CrittersSource(Critters(config, int(count)) if count else Critters(config))
 
@@ -156,6 +161,6 @@ def spec_options(text: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"{printable(text)}: expected key=value, got {item!r}")
         try:
             options[key.strip()] = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             options[key.strip()] = value
     return head, options

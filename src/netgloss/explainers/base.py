@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from netgloss.errors import UserError, nearest
+from netgloss.trust import note_code
 
 
 @dataclass(frozen=True)
@@ -372,6 +373,7 @@ def _from_file(method: str) -> type[Explainer]:
     path = Path(file).resolve()
     if not path.is_file():
         raise UserError(f"method file {file!r} does not exist (asked for by {method!r})")
+    note_code(path)
     known = f"netgloss_method_{path.stem}_{abs(hash((path, path.stat().st_mtime_ns)))}"
     module = sys.modules.get(known)
     if module is None:

@@ -1,0 +1,41 @@
+"""Code that a folder names: run only if the user asked for it.
+
+Runs and stores remember by which name their network and their method were loaded. A name like ``path/to/file.py:factory``
+is a program: whoever wrote the folder chose it. It is run if the user named the file in this process, or allowed it
+(``netgloss --trust-code ...``, ``netgloss.trust_code()``), and refused otherwise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from netgloss.errors import UserError
+
+_named: set[Path] = set()
+_all = False
+
+
+def trust_code(allowed: bool = True) -> None:
+    """Lets runs and stores name Python files to be run, from here on; only for folders whose author you trust."""
+    global _all
+    _all = allowed
+
+
+def note_code(file: str | Path) -> None:
+    """The user himself named this file."""
+    _named.add(Path(file).resolve())
+
+
+def check_code(name: str, where: str) -> None:
+    """Refuses ``file.py[:attribute]`` in ``where`` unless the user named or allowed it; other names pass.
+
+    Raises
+    ------
+    UserError : names the file, and what allows it.
+    """
+    file = name.partition(":")[0]
+    if ".py" in name and not _all and Path(file).resolve() not in _named:
+        raise UserError(
+            f"{where} asks to run the Python file {file!r}: say --trust-code (in Python: netgloss.trust_code()) if you "
+            "trust its author"
+        )
