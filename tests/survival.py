@@ -6,9 +6,9 @@ Every trial starts from the folder as the command found it, starts the command, 
 and lets it end. Then every file must be there and equal byte by byte, and no other; only the times a run took may
 differ (``created`` and ``times`` of run.json, where the report shows them too).
 
-``time``: the moment is uniform over the undisturbed run's duration. ``writes``: the process kills itself just before the
-k-th operation that changes the file system (open for writing, rename, remove, make a folder), k uniform: this aims at
-half-written states, which take a small share of the time. Half of the trials are killed a second time while they
+``time``: the moment is uniform over the undisturbed run's duration. ``writes``: the process kills itself just before
+the k-th operation that changes the file system (open for writing, rename, remove, make a folder), k uniform: this aims
+at half-written states, which take a small share of the time. Half of the trials are killed a second time while they
 recover.
 
 Commands run in forked children of this process, which has imported everything, so that a trial takes seconds; the kill
@@ -151,7 +151,7 @@ def _changes(event: str, arguments: tuple[object, ...]) -> bool:
     """Whether an audit event is about to change the file system below the working folder."""
     if event == "open":
         path, mode, flags = (*arguments, None, None, None)[:3]
-        if not isinstance(path, str | bytes | os.PathLike) or str(os.fspath(path)).startswith(("/dev", "/proc", "/sys")):
+        if not isinstance(path, str) or path.startswith(("/dev", "/proc", "/sys")):
             return False
         return any(c in str(mode or "") for c in "wax+") or bool(
             isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)

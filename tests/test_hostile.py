@@ -5,45 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from hostile import CASES
-
-import netgloss
 from netgloss.cli import main
+from netgloss.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("little_memory")
 BOUNDED = 4  # every fourth case in `make test`; all by `make hostile`
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An intact store, run and image."""
-    folder = tmp_path_factory.mktemp("good")
-    (folder / "images").mkdir()
-    netgloss.open_images("critters:1").image(0).save(folder / "images" / "0.png")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main(["capture", "--model", "critters", "--layer", "block5", "--images", "critters:40", "--out",
-              str(folder / "store")])  # fmt: skip
-        main(["fit", "nmf", "--store", str(folder / "store"), "--out", str(folder / "run"), "--num-concepts", "3",
-              "--seeds", "1"])  # fmt: skip
-        main(["evaluate", str(folder / "run"), "--untrained-images", "0"])
-    run = netgloss.load(folder / "run")
-    run.update(store="store")  # the copy beside the run's copy
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """What a file only claims must not be allocated: at most 6 GB more of address space."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    old = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (6 << 30), old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, old)
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -58,17 +30,16 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 def refuse(arguments: list[str], folder: Path) -> str:
     """Runs a command in ``folder`` that must be refused; what it said on standard error."""
-    error, here = io.StringIO(), Path.cwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
-            main(arguments)
-    except SystemExit as stop:
-        assert stop.code == 2, f"exit code {stop.code}: {error.getvalue()}"
-        return error.getvalue()
-    finally:
-        os.chdir(here)
-    raise AssertionError(f"accepted: {arguments}")
+    error = io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(error),
+        pytest.raises(SystemExit) as stop,
+    ):
+        main(arguments)
+    assert stop.value.code == 2, f"exit code {stop.value.code}: {error.getvalue()}"
+    return error.getvalue()
 
 
 def check(name: str, folder: Path, good: Path) -> None:
@@ -108,3 +79,21 @@ def test_refused(case: tuple[str, object], tmp_path: Path, good: Path, request: 
         pytest.skip("all of them by: make hostile")
     check(case[0], tmp_path, good)
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_code_that_a_folder_names_runs_only_if_it_was_named_or_allowed(tmp_path: Path, good: Path) -> None:
+    """A network of one's own: refused in another process's run, fine once the user says so."""
+    from netgloss import trust
+    from netgloss.classifiers import load_classifier, load_from_spec
+
+    (tmp_path / "own.py").write_text("from netgloss.data.critters_net import load_critters_net as make\n")
+    spec = load_classifier(f"{tmp_path / 'own.py'}:make").spec()
+    assert load_from_spec(spec).weights_hash == spec["weights_hash"]  # this process's user named the file
+    trust._named.clear()
+    with pytest.raises(UserError, match=r"asks to run the Python file .*own\.py.*--trust-code"):
+        load_from_spec(spec)
+    trust.trust_code()
+    try:
+        assert load_from_spec(spec).weights_hash == spec["weights_hash"]
+    finally:
+        trust.trust_code(False)

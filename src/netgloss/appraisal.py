@@ -30,11 +30,14 @@ from netgloss.evaluation import (
 from netgloss.explainers.base import Explainer
 from netgloss.fitting import make_tail, open_stream, upper_layers
 from netgloss.gloss import GlossOptions, make_gloss
+from netgloss.processes import part
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run
 from netgloss.training import ActivationStream, build_explainer, fit, make_fabric
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
     from netgloss.metrics import ImageMetric
@@ -68,10 +71,11 @@ def split_store(store: Store) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def _timed(run: Run, name: str) -> Iterator[None]:
+def _timed(run: Run, name: str, *, writes: bool = True) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    run.add_time(name, time.perf_counter() - start)
+    if writes:
+        run.add_time(name, time.perf_counter() - start)
 
 
 def evaluate_run(
@@ -83,9 +87,13 @@ def evaluate_run(
     options: EvaluationOptions | None = None,
     gloss: GlossOptions | None = None,
     device: str | None = None,
+    fabric: Fabric | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Scores a fitted run on its held-out images, with baselines, and writes what the report shows.
+
+    With several processes of a launched ``fabric`` (instead of ``device``), all must call it: they share the judged
+    images; then they part, process 0 goes on alone and the others return.
 
     ``source`` is needed for thumbnails, for the untrained-network control and for layers inside a block; without it
     these are left out and the report says so.
@@ -93,11 +101,13 @@ def evaluate_run(
 
     progress = progress or Silent()
     options = options or EvaluationOptions()
-    store = store or Store.open(run.manifest["store"])
-    if store.key.address != run.manifest["store_address"]:
+    store = store or Store.open(run.store)
+    if store.key.address != run.manifest.get("store_address"):
         raise UserError(f"the store {store.path} is not the one that the run {run.path} was fitted on")
     store.require_complete()
-    run.remove_leftovers()
+    writes = fabric is None or fabric.is_global_zero
+    if writes:
+        run.remove_leftovers()
     if store.is_subsampled(run.layer):
         raise UserError(f"layer {run.layer!r} was captured with --positions; evaluation needs whole maps")
     classifier = classifier or run.classifier()
@@ -105,7 +115,9 @@ def evaluate_run(
         raise UserError(f"the classifier {classifier.name!r} is not the one whose activations {store.path} holds")
     if source is not None and source.fingerprint != store.key.data_fingerprint:
         raise UserError(f"{source.description} are not the images whose activations {store.path} holds")
-    if device is not None:
+    if fabric is not None:
+        classifier = classifier.to(fabric.device)
+    elif device is not None:
         classifier = classifier.to(pick_device(device))
     fit_images, heldout = split_store(store)
     warnings = list(dict.fromkeys(note for e in run.explainers() for note in getattr(e, "notes", [])))
@@ -123,12 +135,12 @@ def evaluate_run(
     affine = tail.mode == "graph" and tail.is_affine(store.shapes[run.layer])
     if store.info.class_names and (layer.labels < 0).all():
         warnings.append("the images' class names are not among the classifier's: accuracies are left out")
-    if run.manifest["model"].get("random_weights"):
+    if store.info.model.get("random_weights"):
         warnings.append("the network has random weights: its concepts and scores say nothing of a trained one")
     if tail.mode != "graph":
         warnings.append(f"logits are computed by replaced forwards: {tail.reason}")
     warnings += _uncovered(explainers[0], store, judged)
-    with _timed(run, "evaluate"):
+    with _timed(run, "evaluate", writes=writes):
         mean, variance = moments(stream)
         controls = make_controls(stream, explainers[0].spec, num_concepts=explainers[0].num_concepts, seeds=run.seeds)
         subjects = {
@@ -140,7 +152,11 @@ def evaluate_run(
         if explainers[0].target == "activation":
             subjects["shuffled_codes"] = shuffled_subject(explainers[0], layer, judged, seed=run.seeds[0])
             subjects["mean_activation"] = mean_subject(mean)
-        measured = measure(subjects, layer, judged, progress=progress)
+        measured = measure(subjects, layer, judged, progress=progress, fabric=fabric)
+        if fabric is not None:
+            part(fabric)
+        if not writes:
+            return run
         baselines: dict[str, Sequence[dict[str, ImageMetric]]] = {
             name: [measured[f"{name} {i}"] for i in range(len(found))] for name, found in controls.items()
         }

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, find_explainer
+from netgloss.memory import Halving
 from netgloss.metrics import (
     CodeCorrelation,
     DictionaryMetric,
@@ -40,13 +42,17 @@ from netgloss.metrics import (
     shuffled_stability,
 )
 from netgloss.metrics.importance import explain_class
+from netgloss.processes import add_up
 from netgloss.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from netgloss.activations import Store
     from netgloss.classifiers import Classifier, Tail
     from netgloss.data import ImageSource
 
+BATCH = 64
 _POOL = 256  # images whose codes stand in for "another image's"
 
 
@@ -64,9 +70,12 @@ class Layer:
     source: ImageSource | None = None
     pooled: bool = False
 
-    def batches(self, images: np.ndarray, *, batch_size: int = 64) -> Iterator[LayerBatch]:
-        """Activations, logits and class labels of some images, with the tail ready for each batch."""
-        for start in range(0, len(images), batch_size):
+    def batches(
+        self, images: np.ndarray, *, batch_size: int = BATCH, rank: int = 0, world: int = 1
+    ) -> Iterator[LayerBatch]:
+        """Activations, logits and class labels of some images, with the tail ready for each batch; every ``world``-th
+        batch from ``rank`` on."""
+        for start in range(rank * batch_size, len(images), world * batch_size):
             index = images[start : start + batch_size]
             activation = torch.from_numpy(self.store.read(self.name, index)).float().to(self.classifier.device)
             tail = tail_for(self.tail, self.classifier, self.source, index)
@@ -194,10 +203,39 @@ def mean_subject(mean: Tensor) -> Rebuild:
     return rebuild
 
 
+def _seen(rebuild: Rebuild, layer: Layer, batch: LayerBatch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    """Image indices of a part of a batch, and all that metrics may ask of a subject there, on the CPU."""
+    index = batch.index[part]
+    if len(index) < len(batch.index):
+        batch = next(layer.batches(index.numpy(), batch_size=len(index)))
+    rebuilt = rebuild(batch)
+    logits = rebuilt.logits
+    if logits is None and rebuilt.reconstruction is not None:
+        logits = batch.tail(rebuilt.reconstruction)
+    given = {
+        "activation": batch.activation,
+        "concepts": rebuilt.concepts,
+        "reconstruction": rebuilt.reconstruction,
+        "contributions": rebuilt.contributions,
+        "logits": batch.logits,
+        "logits_rebuilt": logits,
+        "labels": batch.labels,
+    }
+    return index, {key: value.cpu() for key, value in given.items() if value is not None}
+
+
 def measure(
-    subjects: dict[str, Rebuild], layer: Layer, images: np.ndarray, *, progress: Progress | None = None
+    subjects: dict[str, Rebuild],
+    layer: Layer,
+    images: np.ndarray,
+    *,
+    progress: Progress | None = None,
+    fabric: Fabric | None = None,
 ) -> dict[str, dict[str, ImageMetric]]:
     """One pass over ``images``: every image metric on every subject that provides its inputs.
+
+    The processes of ``fabric`` share the batches, and every one gets the metrics of all images. The batches are those
+    of a single process, so that only the order of float64 sums differs: scores agree to about 1e-9.
 
     Returns
     -------
@@ -206,29 +244,24 @@ def measure(
     progress = progress or Silent()
     found: dict[str, dict[str, ImageMetric]] = {name: {} for name in subjects}
     classes = image_metrics()
+    world = fabric.world_size if fabric is not None and len(images) > (fabric.world_size - 1) * BATCH else 1
+    rank = fabric.global_rank if fabric is not None and world > 1 else 0
+    halving = Halving(BATCH)
     progress.start("evaluate", len(images), unit="images")
     with torch.no_grad():
-        for batch in layer.batches(images):
+        for batch in layer.batches(images, rank=rank, world=world):
             for name, rebuild in subjects.items():
-                rebuilt = rebuild(batch)
-                logits = rebuilt.logits
-                if logits is None and rebuilt.reconstruction is not None:
-                    logits = batch.tail(rebuilt.reconstruction)
-                given = {
-                    "activation": batch.activation,
-                    "concepts": rebuilt.concepts,
-                    "reconstruction": rebuilt.reconstruction,
-                    "contributions": rebuilt.contributions,
-                    "logits": batch.logits,
-                    "logits_rebuilt": logits,
-                    "labels": batch.labels,
-                }
-                inputs = {key: value.cpu() for key, value in given.items() if value is not None}
-                for cls in classes:
-                    if all(key in inputs for key in cls.inputs):
-                        found[name].setdefault(cls.name, cls()).update(batch.index, **inputs)
-            progress.advance(len(batch.index))
+                for index, inputs in halving(len(batch.index), partial(_seen, rebuild, layer, batch)):
+                    for cls in classes:
+                        if all(key in inputs for key in cls.inputs):
+                            metric = found[name].setdefault(cls.name, cls(sync_on_compute=False))
+                            metric.update(index, **inputs)
+            progress.advance(min(len(batch.index) * world, len(images)))
     progress.finish()
+    if fabric is not None and world > 1:
+        for metrics in found.values():
+            for name in sorted(metrics):
+                add_up(metrics[name], fabric.device)
     return found
 
 

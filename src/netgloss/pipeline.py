@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from netgloss.activations import CaptureOptions, Store, StoreInfo, capture, image_batches, prepare_store
+from netgloss.activations.places import place_of
 from netgloss.appraisal import EvaluationOptions, evaluate_run, pick_device, split_store
 from netgloss.classifiers import imagenet_wnids, load_from_spec
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec, find_explainer, method_name
 from netgloss.fitting import make_tail, open_stream, upper_layers
 from netgloss.gloss import GlossOptions, describe_image
+from netgloss.processes import first_then_others, together
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run, save_figure, versions
 from netgloss.training import ActivationStream, build_explainer, fit, make_fabric
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
     from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
-
-Result = TypeVar("Result")
 
 
 def store_info(classifier: Classifier, source: ImageSource) -> StoreInfo:
@@ -172,14 +172,28 @@ def _fit_seed(
         checkpoint.remove()
 
 
-def first_then_others(fabric: Fabric, first: Callable[[], Result], others: Callable[[], Result]) -> Result:
-    """``first()`` in process 0, then ``others()`` in the other processes."""
-    if fabric.is_global_zero:
-        result = first()
-        fabric.barrier()
-        return result
-    fabric.barrier()
-    return others()
+def shared_capture(
+    fabric: Fabric,
+    classifier: Classifier,
+    source: ImageSource,
+    layers: Sequence[str],
+    out: str | Path,
+    *,
+    options: CaptureOptions | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """Captures into one store by all processes of a launched ``fabric``; complete when it returns.
+
+    The store is the same, byte for byte, whatever the number of processes.
+    """
+    what: dict[str, Any] = {"options": options, "info": store_info(classifier, source), "progress": progress}
+    first_then_others(
+        fabric,
+        lambda: prepare_store(classifier, source, layers, out, **what),
+        lambda: Store.open(out),
+    )
+    rank, world = fabric.global_rank, fabric.world_size
+    return together(fabric, lambda: capture(classifier, source, layers, out, rank=rank, world=world, **what))
 
 
 def explain(
@@ -194,6 +208,7 @@ def explain(
     seeds: int | Sequence[int] = 3,
     device: str = "auto",
     devices: int = 1,
+    nodes: int = 1,
     precision: str = "32-true",
     store: str | Path | None = None,
     capture_options: CaptureOptions | None = None,
@@ -214,8 +229,9 @@ def explain(
     eval_images : images to judge on; default: a fifth of ``images``, held out from the fit by the hash of their ids.
     out : the run folder; an interrupted run with the same settings continues.
     seeds : how many fits, or which seeds.
-    device, devices, precision : as Fabric takes them; more than one device shares the capture and trains by DDP (the
-        calling script is started once a process, as torchrun does).
+    device, devices, nodes, precision : as Fabric takes them; several processes (``devices`` on each of ``nodes``
+        machines) share the capture and the judged images and train by DDP (the calling script is started once a
+        process, as torchrun does).
     store : where the activations go; default ``out/activations.zarr``.
     config_fields : options of the method by name (``num_concepts=32``), instead of ``config``.
 
@@ -238,7 +254,7 @@ def explain(
         if unknown:
             raise UserError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(known)}")
         config = cls.Config(**config_fields)
-    fabric = make_fabric(device, devices=devices, precision=precision)
+    fabric = make_fabric(device, devices=devices, nodes=nodes, precision=precision)
     fabric.launch()
     progress = (progress if fabric.is_global_zero else None) or Silent()
     classifier = model if isinstance(model, Classifier) else load_classifier(model)
@@ -247,16 +263,9 @@ def explain(
     classifier.check_layer(layer)
     out = Path(out)
     layers = [layer, *upper_layers(cls, config, classifier, layer)]
-    place = Path(store) if store is not None else out / "activations.zarr"
-    what: dict[str, Any] = {"options": capture_options, "info": store_info(classifier, source), "progress": progress}
+    place = place_of(store) if store is not None else out / "activations.zarr"
     started = time.perf_counter()
-    first_then_others(
-        fabric,
-        lambda: prepare_store(classifier, source, layers, place, **what),
-        lambda: Store.open(place),
-    )
-    captured = capture(classifier, source, layers, place, rank=fabric.global_rank, world=fabric.world_size, **what)
-    fabric.barrier()
+    captured = shared_capture(fabric, classifier, source, layers, place, options=capture_options, progress=progress)
     seconds = time.perf_counter() - started
     if captured.problems:
         progress.say(
@@ -275,11 +284,8 @@ def explain(
         command=command,
         progress=progress,
     )
-    if fabric.world_size > 1:  # process 0 evaluates alone
-        torch.distributed.destroy_process_group()
-        if not fabric.is_global_zero:
-            return run
-    run.add_time("capture", seconds)
+    if fabric.is_global_zero:
+        run.add_time("capture", seconds)
     evaluate_run(
         run,
         store=captured,
@@ -287,8 +293,11 @@ def explain(
         classifier=classifier,
         options=evaluation,
         gloss=gloss,
+        fabric=fabric,
         progress=progress,
     )
+    if not fabric.is_global_zero:
+        return run
     run.update(status="complete")
     run.write_report()
     return run

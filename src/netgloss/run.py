@@ -26,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from netgloss.activations.store import remove_leftovers, writing_to
+from netgloss.activations.places import remove_leftovers, writing_to
 from netgloss.errors import UserError
 from netgloss.trust import check_code
 
@@ -67,9 +67,13 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def read_json(path: Path) -> Any:
     """A JSON file; missing or malformed is one clear line."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path} is not readable JSON: {reason}") from error
@@ -162,15 +166,29 @@ class Run:
 
     @property
     def method(self) -> str:
-        return self.manifest["method"]
+        return str(self._entry("method", str))
 
     @property
     def layer(self) -> str:
-        return self.manifest["layer"]
+        return str(self._entry("layer", str))
 
     @property
     def seeds(self) -> list[int]:
-        return list(self.manifest["seeds"])
+        seeds = self._entry("seeds", list)
+        if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise UserError(f"{self.path / 'run.json'}: seeds should be whole numbers, at least one, got {seeds!r:.60}")
+        return list(seeds)
+
+    @property
+    def store(self) -> str:
+        """Where the activations are, or were."""
+        return str(self._entry("store", str))
+
+    def _entry(self, name: str, kind: type) -> Any:
+        value = self.manifest.get(name)
+        if not isinstance(value, kind):
+            raise UserError(f"{self.path / 'run.json'} is damaged: {name} is missing or not a {kind.__name__}")
+        return value
 
     def explainer_path(self, seed: int) -> Path:
         """File of one seed's explainer."""
@@ -211,7 +229,7 @@ class Run:
         """The explained network, loaded again; its weights must hash to what the run was made with."""
         from netgloss.classifiers import load_from_spec
 
-        return load_from_spec(self.manifest["model"]).to(device)
+        return load_from_spec(self._entry("model", dict)).to(device)
 
     @property
     def scores(self) -> list[Score]:
@@ -369,12 +387,13 @@ def load_explainer(path: str | Path) -> Explainer:
         _check_shapes(cls, config, spec, tensors)
         explainer = cls(config, spec)
         explainer.load_state_dict(tensors)
-        explainer.notes = [str(note) for note in json.loads(header.get("notes", "[]"))]
+        notes = [str(note) for note in json.loads(header.get("notes", "[]"))]
     except _DAMAGED as error:
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is not an explainer of netgloss: {reason}") from error
+    explainer.notes = notes  # type: ignore[assignment]
     return explainer.eval()
 
 

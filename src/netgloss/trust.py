@@ -1,8 +1,8 @@
 """Code that a folder names: run only if the user asked for it.
 
-Runs and stores remember by which name their network and their method were loaded. A name like ``path/to/file.py:factory``
-is a program: whoever wrote the folder chose it. It is run if the user named the file in this process, or allowed it
-(``netgloss --trust-code ...``, ``netgloss.trust_code()``), and refused otherwise.
+Runs and stores remember by which name their network and their method were loaded. A name such as
+``path/to/file.py:factory`` is a program: whoever wrote the folder chose it. It is run if the user named the file in
+this process, or allowed it (``netgloss --trust-code ...``, ``netgloss.trust_code()``), and refused otherwise.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from netgloss.activations.store import (
-    Store,
-    StoreInfo,
-    StoreKey,
-    estimate_bytes,
-    remove_leftovers,
-    stored_shape,
-)
+from netgloss.activations.places import is_taken, place_of, remove_leftovers
+from netgloss.activations.store import Store, StoreInfo, StoreKey, estimate_bytes, stored_shape
 from netgloss.errors import UserError
+from netgloss.memory import Halving
 from netgloss.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from netgloss.classifiers import Classifier
+    from netgloss.classifiers import Classifier, Taps
     from netgloss.data import ImageSource
 
 
@@ -50,7 +46,7 @@ class CaptureOptions:
     positions: int | None = None
     """Keep only this many random positions of each image's map (for fitting; such a layer cannot be evaluated)."""
     batch_size: int = 32
-    """Images a forward."""
+    """Images a forward; halved where they do not fit in the device's memory."""
     workers: int | None = None
     """Processes that decode images ahead; default: none for arrays, up to 8 for files."""
     strict: bool = False
@@ -65,6 +61,8 @@ class CaptureOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"workers must not be negative, got {self.workers}")
 
 
 def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str], options: CaptureOptions) -> StoreKey:
@@ -108,10 +106,10 @@ def prepare_store(
         raise UserError(f"there are no images in {source.description}")
     layers = [classifier.check_layer(name) for name in dict.fromkeys(layers)]
     key = store_key(classifier, source, layers, options)
-    out = Path(out)
-    if world == 1:
+    out = place_of(out)
+    if world == 1 and isinstance(out, Path):
         remove_leftovers(out.parent, out.name)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    if is_taken(out) if isinstance(out, Path) else Store.exists(out):
         store = Store.open(out, expect=key)
         if world == 1 and store.pending:
             store.remove_leftovers()
@@ -163,9 +161,7 @@ def capture(
     """
     options = options or CaptureOptions()
     progress = progress or Silent()
-    store = prepare_store(
-        classifier, source, layers, out, options=options, info=info, progress=progress, world=world
-    )
+    store = prepare_store(classifier, source, layers, out, options=options, info=info, progress=progress, world=world)
     pending = [c for c in store.pending if c % world == rank]
     if pending:
         _capture_chunks(store, classifier, source, pending, options, progress)
@@ -209,6 +205,7 @@ def _capture_chunks(
     progress.start("capture", total, unit="images", done=total - todo)
     loader = _chunk_batches(store, classifier, source, pending, options)
     skipped = 0
+    halving = Halving(options.batch_size)
     last: Future[None] | None = None
     with (
         torch.inference_mode(),
@@ -223,7 +220,8 @@ def _capture_chunks(
                 skipped += sum(r != "" for r in reasons)
                 if options.strict and any(reasons):
                     raise UserError(next(r for r in reasons if r))
-                buffer.add(taps(pixels), taps.logits if options.logits else None, reasons)
+                for part, outputs, logits in halving(len(reasons), partial(_forward, taps, pixels, options.logits)):
+                    buffer.add(outputs, logits, reasons[part])
                 progress.advance(len(reasons), note=f"{skipped} skipped" if skipped else "")
             if last is not None:
                 last.result()
@@ -231,6 +229,14 @@ def _capture_chunks(
         if last is not None:
             last.result()
     progress.finish()
+
+
+def _forward(
+    taps: Taps, pixels: Tensor, with_logits: bool, part: slice
+) -> tuple[slice, dict[str, Tensor], Tensor | None]:
+    """The layers' outputs and the logits of a part of a batch."""
+    outputs = taps(pixels[part])
+    return part, outputs, taps.logits if with_logits else None
 
 
 class _ChunkBuffer:

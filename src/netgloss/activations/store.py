@@ -19,14 +19,12 @@ error that names the field, never a silent reuse. This file and ``netgloss.run``
 from __future__ import annotations
 
 import dataclasses
-import errno
-import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from netgloss.activations.places import Place, is_taken, open_group, place_of, writing_to
 from netgloss.errors import UserError, nearest
 
 FORMAT_VERSION = 1
@@ -101,55 +100,6 @@ def estimate_bytes(shapes: Mapping[str, Sequence[int]], num_images: int, *, dtyp
     return per_image * num_images * np.dtype(dtype).itemsize
 
 
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "permission denied",
-            errno.EPERM: "permission denied",
-            errno.ENOTDIR: "a part of the path is a file, not a folder",
-            errno.EISDIR: "it is a folder",
-            errno.EEXIST: "a file of that name is in the way",
-        }
-        reason = reasons.get(error.errno or 0)
-        if reason is None:
-            raise
-        raise UserError(f"cannot write to {path}: {reason}") from error
-
-
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes what killed writers left in ``folder``: neighbours ``NAME.partPID`` of processes that live no more.
-
-    Only for the process that writes to ``folder``, before it does: a live writer on another machine looks dead here.
-    """
-    escaped = "*" if name == "*" else glob.escape(name)
-    for part in [*folder.glob(f"{escaped}.part[0-9]*"), *folder.glob(f".{escaped}.part[0-9]*")]:
-        pid = part.name.rpartition(".part")[2]
-        if not pid.isdecimal() or _lives(int(pid)):
-            continue
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                part.unlink()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
-
-
 class Store:
     """An activation store on disk; see the module's text for its layout.
 
@@ -159,7 +109,7 @@ class Store:
     shapes : per-image shape (C,) or (C, H, W) of each layer, as the network gives it.
     """
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Place, group: zarr.Group) -> None:
         self.path = path
         self._group = group
         attributes: Any = group.attrs.asdict()
@@ -173,10 +123,55 @@ class Store:
             self.info = StoreInfo(**attributes["info"])
             self.shapes = {name: tuple(int(n) for n in shape) for name, shape in attributes["shapes"].items()}
             self.chunk_images = int(attributes["chunk_images"])
+            self._check_attributes()
             self.ids: list[str] = [str(i) for i in np.asarray(self._array("ids")[:])]
             self.targets = np.asarray(self._array("targets")[:])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the activation store {path} is damaged: {error}") from error
+            self._check_arrays()
+        except UserError:
+            raise
+        except Exception as error:  # anybody may have written it, and zarr raises many kinds
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"the activation store {path} is damaged: {reason}") from error
+
+    def _check_attributes(self) -> None:
+        """Values that a netgloss writes; what a file only claims must not be believed."""
+        key, images = self.key, self.info.images
+        num_fit = images.get("num_fit")
+        right = {
+            "dtype": key.dtype in ("float16", "float32"),
+            "logits": isinstance(key.logits, bool),
+            "positions": key.positions is None or (type(key.positions) is int and key.positions > 0),
+            "layers": bool(key.layers) and set(key.layers) == set(self.shapes),
+            "shapes": all(len(s) in (1, 3) and min(s) > 0 for s in self.shapes.values()),
+            "chunk_images": self.chunk_images > 0,
+            "num_fit": num_fit is None or (type(num_fit) is int and num_fit >= 0),
+            "model": isinstance(self.info.model, dict),
+            "class_names": all(isinstance(name, str) for name in self.info.class_names),
+        }
+        wrong = [name for name, fine in right.items() if not fine]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} make no sense")
+
+    def _check_arrays(self) -> None:
+        """Every array has the shape and kind that follow from the ids and the attributes."""
+        num, chunks = len(self.ids), self.num_chunks
+        expected: dict[str, tuple[tuple[int, ...], str]] = {
+            "targets": ((num,), "i"),
+            "problems": ((num,), "T"),
+            "complete": ((chunks,), "u"),
+            "minimum": ((chunks, len(self.layers)), "f"),
+        }
+        for layer in self.layers:
+            inner = stored_shape(self.shapes[layer], self.key.positions)
+            expected[f"activations/{layer}"] = ((num, *inner), "f")
+            if inner != self.shapes[layer]:
+                expected[f"positions/{layer}"] = ((num, inner[0]), "i")
+        for name, (shape, kind) in expected.items():
+            array = self._array(name)
+            if array.shape != shape or array.dtype.kind != kind:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, not as its attributes say ({shape})")
+        if self.key.logits and len(self._array("logits").shape) != 2:
+            raise ValueError("logits are not (images, classes)")
 
     # -- making and opening ---------------------------------------------------------------------------------------
 
@@ -193,9 +188,35 @@ class Store:
         num_classes: int,
     ) -> Store:
         """A new, empty store; raises UserError if something is in the way or the disk is too small."""
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        path = place_of(path)
+        if is_taken(path) and not (isinstance(path, str) and _is_unfinished(path)):
             raise UserError(f"{path} exists and is not an activation store of netgloss; choose another --out")
+        attributes: dict[str, Any] = {
+            "netgloss_store": FORMAT_VERSION,
+            "address": key.address,
+            "key": dataclasses.asdict(key),
+            "info": dataclasses.asdict(info),
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "chunk_images": _chunk_images(shapes, key),
+        }
+        arrays: dict[str, Any] = {
+            "key": key,
+            "shapes": shapes,
+            "ids": ids,
+            "targets": targets,
+            "num_classes": num_classes,
+            "chunk": attributes["chunk_images"],
+        }
+        if isinstance(path, str):  # the attributes come last: without them it is not a store yet
+            try:
+                group = open_group(path, "w")
+                group.attrs["netgloss_creating"] = True
+                _create_arrays(group, **arrays)
+                group.attrs.put(attributes)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise UserError(f"cannot write to {path}: {reason}") from error
+            return cls.open(path)
         total = estimate_bytes(shapes, len(ids), dtype=key.dtype, positions=key.positions)
         with writing_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,21 +228,9 @@ class Store:
                 )
             part = path.with_name(path.name + f".part{os.getpid()}")
             shutil.rmtree(part, ignore_errors=True)
-            group = zarr.open_group(str(part), mode="w", zarr_format=3)
-            chunk = _chunk_images(shapes, key)
-            _create_arrays(
-                group, key=key, shapes=shapes, ids=ids, targets=targets, num_classes=num_classes, chunk=chunk
-            )
-            group.attrs.update(
-                {
-                    "netgloss_store": FORMAT_VERSION,
-                    "address": key.address,
-                    "key": dataclasses.asdict(key),
-                    "info": dataclasses.asdict(info),
-                    "shapes": {name: list(shape) for name, shape in shapes.items()},
-                    "chunk_images": chunk,
-                }
-            )
+            group = open_group(part, "w")
+            _create_arrays(group, **arrays)
+            group.attrs.update(attributes)
             if path.exists():
                 path.rmdir()
             part.rename(path)
@@ -230,11 +239,11 @@ class Store:
     @classmethod
     def open(cls, path: str | Path, *, expect: StoreKey | None = None) -> Store:
         """An existing store; with ``expect``, an error unless its content is exactly what that key says."""
-        path = Path(path)
-        if not path.exists():
+        path = place_of(path)
+        if not (path.exists() if isinstance(path, Path) else is_taken(path)):
             raise UserError(f"no activation store at {path}")
         try:
-            group = zarr.open_group(str(path), mode="r+" if os.access(path, os.W_OK) else "r")
+            group = open_group(path, "r" if isinstance(path, Path) and not os.access(path, os.W_OK) else "r+")
         except Exception as error:  # zarr raises many kinds for foreign or damaged folders
             raise UserError(f"{path} is not an activation store of netgloss ({type(error).__name__})") from error
         store = cls(path, group)
@@ -244,6 +253,16 @@ class Store:
                 "Write to another path, or delete it"
             )
         return store
+
+    @staticmethod
+    def exists(url: str) -> bool:
+        """Whether a URL holds a finished store."""
+        try:
+            return is_taken(url) and "netgloss_store" in open_group(url, "r").attrs
+        except UserError:
+            raise
+        except Exception:  # something else is there
+            return False
 
     # -- what it holds --------------------------------------------------------------------------------------------
 
@@ -265,11 +284,11 @@ class Store:
     @property
     def pending(self) -> list[int]:
         """Chunks that are not complete yet."""
-        return [int(c) for c in np.flatnonzero(np.asarray(self._array("complete")[:]) != 1)]
+        return [int(c) for c in np.flatnonzero(self._whole("complete") != 1)]
 
     def remove_leftovers(self) -> None:
         """Removes the halves of chunk files that a killed capture left; not while another process captures."""
-        for folder, _, names in os.walk(self.path):
+        for folder, _, names in os.walk(self.path) if isinstance(self.path, Path) else ():
             for name in names:
                 if name.endswith(".partial"):
                     with suppress(OSError):
@@ -287,13 +306,13 @@ class Store:
     @property
     def problems(self) -> dict[str, str]:
         """Images that could not be read, with the reason."""
-        reasons = np.asarray(self._array("problems")[:])
+        reasons = self._whole("problems")
         return {self.ids[i]: str(reasons[i]) for i in np.flatnonzero(reasons != "")}
 
     @property
     def valid(self) -> np.ndarray:
         """Indices of the images that were read."""
-        return np.flatnonzero(np.asarray(self._array("problems")[:]) == "")
+        return np.flatnonzero(self._whole("problems") == "")
 
     def check_layer(self, layer: str) -> str:
         """``layer`` if it is stored, else a UserError with the nearest names."""
@@ -305,7 +324,7 @@ class Store:
     def is_nonnegative(self, layer: str) -> bool:
         """True if no stored activation of the layer is below zero."""
         column = self.layers.index(self.check_layer(layer))
-        return bool(np.asarray(self._array("minimum")[:])[:, column].min() >= 0)
+        return bool(self._whole("minimum")[:, column].min() >= 0)
 
     def is_subsampled(self, layer: str) -> bool:
         """True if only some positions of the layer's maps are stored."""
@@ -330,14 +349,23 @@ class Store:
                 values = np.asarray(array[images])
             else:
                 values = np.asarray(array.oindex[np.asarray(images)])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"the store {self.path} is damaged in {name}: {error}") from error
+        except Exception as error:  # zarr and its codecs raise many kinds
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"the store {self.path} is damaged in {name}: {reason}") from error
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UserError(f"the store {self.path} is damaged in {name}: a chunk is missing or holds NaN")
         return values
 
     def _array(self, name: str) -> Any:
         return self._group[name]
+
+    def _whole(self, name: str) -> np.ndarray:
+        """A small array, all of it."""
+        try:
+            return np.asarray(self._array(name)[:])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"the store {self.path} is damaged in {name}: {reason}") from error
 
     # -- writing (capture only) -----------------------------------------------------------------------------------
 
@@ -366,6 +394,14 @@ class Store:
             self._array("problems")[where] = np.array(list(problems), dtype=np.dtypes.StringDType())
             self._array("minimum")[chunk] = minimum
             self._array("complete")[chunk] = 1
+
+
+def _is_unfinished(url: str) -> bool:
+    """Whether a store was begun at a URL and its making was cut short."""
+    try:
+        return "netgloss_creating" in open_group(url, "r").attrs
+    except Exception:  # nothing of netgloss
+        return False
 
 
 def _chunk_images(shapes: Mapping[str, Sequence[int]], key: StoreKey) -> int:

@@ -26,6 +26,8 @@ from netgloss.classifiers.taps import find_layer
 from netgloss.errors import UserError
 from netgloss.trust import check_code
 
+_MOST_CLASSES = 1_000_000
+
 
 class Classifier:
     """A frozen network in eval mode, with what is needed to feed it and to read its answers.
@@ -147,7 +149,10 @@ def imagenet_wnids(imagenet: str | None) -> list[str] | None:
         return None
     from timm.data import ImageNetInfo
 
-    return ImageNetInfo(imagenet).label_names()
+    try:
+        return ImageNetInfo(imagenet).label_names()
+    except (AssertionError, KeyError, OSError) as error:
+        raise UserError(f"timm knows no ImageNet set {imagenet!r}") from error
 
 
 def load_classifier(
@@ -186,6 +191,10 @@ def load_classifier(
     """
     if checkpoint is not None and random_weights:
         raise UserError(f"checkpoint {checkpoint} and random_weights exclude each other")
+    if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
+        raise UserError(f"num_classes must be between 1 and {_MOST_CLASSES}, got {num_classes}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be between 0 and 2^63, got {seed}")
     if isinstance(preprocessing, Preprocessing):
         changes: dict[str, Any] = preprocessing.to_dict()
     else:
@@ -322,6 +331,8 @@ def _preprocessing(built: Built, changes: Mapping[str, Any]) -> Preprocessing:
 
 def _read_names(path: str | Path) -> list[str]:
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is not a regular file")
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"class names {path} cannot be read as a text file with one name a line ({error})") from error

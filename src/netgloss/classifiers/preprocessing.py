@@ -10,6 +10,7 @@ Shape letters: C channels, H and W the network's input.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -102,8 +103,8 @@ class Preprocessing:
             raise UserError(
                 f"mean and std need one number for each of {self.channels} channels, got {self.mean} and {self.std}"
             )
-        if min(self.std) <= 0:
-            raise UserError(f"std must be positive, got {self.std}")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise UserError(f"mean must be finite and std positive, got {self.mean} and {self.std}")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

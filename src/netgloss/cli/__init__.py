@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from netgloss.cli.terminal import is_main_process
 from netgloss.cli.verbs import FLAT, VERBS
 from netgloss.errors import UserError, nearest, one_line
 
@@ -24,13 +25,20 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _dispatch(arguments)
     except UserError as error:
-        print(f"netgloss: {one_line(error)}", file=sys.stderr)
+        if is_main_process():
+            print(f"netgloss: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        if error.filename is None:  # not about a file that somebody named
+            raise
+        if is_main_process():
+            print(f"netgloss: {one_line(error.filename)[:300]}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nnetgloss: interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -42,6 +50,8 @@ def _dispatch(arguments: list[str]) -> None:
 
         trust_code()
         arguments = [a for a in arguments if a != "--trust-code"]
+    if any("\0" in argument for argument in arguments):
+        raise UserError("an argument holds a null character")
     verb, rest = (arguments or ["--help"])[0], arguments[1:]
     if verb == "--version":
         from importlib.metadata import version

@@ -16,8 +16,8 @@ def command_line() -> str:
 
 
 def is_main_process() -> bool:
-    """False in the processes that Fabric or torchrun started beside the first one."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+    """False in the processes that Fabric, torchrun or Slurm started beside the first one."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
 def console() -> Any:
@@ -94,3 +94,12 @@ class Bars:
 
     def say(self, message: str) -> None:
         self._progress.console.print(message, markup=False, highlight=False)
+
+
+def bars_of(fabric: Any) -> Any:
+    """Progress bars in process 0, nothing in the others."""
+    from contextlib import nullcontext
+
+    from netgloss.progress import Silent
+
+    return Bars() if fabric.is_global_zero else nullcontext(Silent())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from netgloss.cli.serve import Serve
-from netgloss.cli.terminal import Bars, command_line, console, is_main_process, print_problems, print_scores
+from netgloss.cli.terminal import Bars, bars_of, command_line, console, is_main_process, print_problems, print_scores
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from netgloss.activations import CaptureOptions
     from netgloss.classifiers import Classifier
 
@@ -54,6 +56,26 @@ class Model:
 
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass
+class Processes:
+    """Which device, and how many processes share the work."""
+
+    device: Device = "auto"
+    devices: int = 1
+    """Processes (GPUs, or CPU processes with --device cpu) on each machine that share the work."""
+    nodes: int = 1
+    """Machines; torchrun or Slurm starts the command on each."""
+
+    def launch(self, *, precision: str = "32-true") -> Fabric:
+        from netgloss.training import make_fabric
+
+        fabric = make_fabric(self.device, devices=self.devices, nodes=self.nodes, precision=precision)
+        fabric.launch()
+        return fabric
+
+
 FLAT = tyro.conf.arg(name="")  # its fields are flags without a prefix
 
 
@@ -94,46 +116,38 @@ class Capture:
     """Layers to capture, all in one pass."""
     images: str
     """Image folder (sub-folders are classes), image file, file.npz[:train|:test], timm:DATASET, critters[:N]."""
-    out: Path
-    """Folder of the store."""
+    out: str
+    """Folder of the store, or a URL (s3://bucket/name) whose file system fsspec knows."""
     eval_images: str | None = None
     """Images to judge on, of the same kinds; default: a fifth of --images, held out from the fit."""
-    device: Device = "auto"
+    processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self, options: CaptureOptions) -> None:
-        from netgloss.activations import capture
-        from netgloss.appraisal import pick_device
-        from netgloss.pipeline import open_sources, store_info
+        from netgloss.pipeline import open_sources, shared_capture
 
-        classifier = self.model.load().to(pick_device(self.device))
+        fabric = self.processes.launch()
+        classifier = self.model.load().to(fabric.device)
         source = open_sources(self.images, self.eval_images)
-        with Bars() as bars:
-            store = capture(
-                classifier,
-                source,
-                self.layer,
-                self.out,
-                options=options,
-                info=store_info(classifier, source),
-                progress=bars,
-            )
-        print_problems(store.problems)
-        console().print(f"{len(store.valid)} images in {self.out}")
+        with bars_of(fabric) as bars:
+            store = shared_capture(fabric, classifier, source, self.layer, self.out, options=options, progress=bars)
+        if fabric.is_global_zero:
+            print_problems(store.problems)
+            console().print(f"{len(store.valid)} images in {self.out}")
 
 
 @dataclass
 class Fit:
     """Fit a method on the activations of a store."""
 
-    store: Path
-    """Store that `netgloss capture` wrote."""
+    store: str
+    """Store that `netgloss capture` wrote: a folder, a URL, or a zip archive of one."""
     out: Path
     """Run folder."""
     layer: str | None = None
     """Layer of the store; may be left out if it holds one."""
     seeds: int = 3
     """Number of fits, with seeds 0, 1, ..."""
-    device: Device = "auto"
+    processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
     precision: str = "32-true"
     """Precision of the training steps, as Fabric names them (32-true, bf16-mixed, ...)."""
     images: str | None = None
@@ -144,25 +158,26 @@ class Fit:
     def run(self, method: str, config: Any) -> None:
         from netgloss.activations import Store
         from netgloss.pipeline import fit_run, open_sources
-        from netgloss.training import make_fabric
 
+        fabric = self.processes.launch(precision=self.precision)
         store = Store.open(self.store)
         if self.layer is None and len(store.layers) > 1:
             raise UserError(f"{self.store} holds {', '.join(store.layers)}: say which by --layer")
-        with Bars() as bars:
+        with bars_of(fabric) as bars:
             run = fit_run(
                 method,
                 store,
-                self.layer or store.layers[0],
+                store.layers[0] if self.layer is None else self.layer,
                 self.out,
                 config=config,
                 seeds=self.seeds,
-                fabric=make_fabric(self.device, precision=self.precision),
+                fabric=fabric,
                 source=open_sources(self.images, self.eval_images) if self.images else None,
                 command=command_line(),
                 progress=bars,
             )
-        console().print(f"fitted; next: netgloss evaluate {run.path} --images ...")
+        if fabric.is_global_zero:
+            console().print(f"fitted; next: netgloss evaluate {run.path} --images ...")
 
 
 @dataclass
@@ -181,29 +196,32 @@ class Evaluate:
     annotations: str | None = None
     """Where things are: a folder of images and masks, a COCO file, or critters:N,seed=S. Labels the concepts. A run
     that was evaluated before is only labelled, unless --images is given."""
-    device: Device = "auto"
+    processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self) -> None:
         from netgloss.activations import Store
-        from netgloss.appraisal import EvaluationOptions, evaluate_run, pick_device
+        from netgloss.appraisal import EvaluationOptions, evaluate_run
         from netgloss.dissect_run import dissect_run
         from netgloss.pipeline import open_sources
         from netgloss.run import Run
 
+        fabric = self.processes.launch()
         source = open_sources(self.images, self.eval_images) if self.images else None
         run = Run(self.run_folder)
-        with Bars() as bars:
+        with bars_of(fabric) as bars:
             if self.annotations is None or self.images or not run.scores:
                 run = evaluate_run(
                     run,
                     source=source,
                     options=EvaluationOptions(untrained_images=self.untrained_images, max_images=self.max_images),
-                    device=self.device,
+                    fabric=fabric,
                     progress=bars,
                 )
+            if not fabric.is_global_zero:
+                return
             if self.annotations is not None:
-                classifier = run.classifier().to(pick_device(self.device))
-                store = Store.open(run.manifest["store"])
+                classifier = run.classifier().to(fabric.device)
+                store = Store.open(run.store)
                 dissect_run(run, self.annotations, store=store, source=source, classifier=classifier, progress=bars)
                 if (run.path / "report.html").exists():
                     run.write_report()
@@ -237,8 +255,8 @@ class Explain:
     """Images to judge on, of the same kinds; default: a fifth of --images, held out from the fit."""
     seeds: int = 3
     """Number of fits, with seeds 0, 1, ...; several show how far the concepts depend on chance."""
-    store: Path | None = None
-    """Where the activations go; default: inside the run folder."""
+    store: str | None = None
+    """Where the activations go (a folder or a URL); default: inside the run folder."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format of the activations on disk."""
     workers: int | None = None
@@ -247,9 +265,7 @@ class Explain:
     """Make an unreadable image an error instead of skipping and listing it."""
     untrained_images: int = 256
     """Images for the untrained-network control; 0 leaves it out."""
-    device: Device = "auto"
-    devices: int = 1
-    """Processes (GPUs, or CPU processes with --device cpu) that share the capture and the training steps."""
+    processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
     precision: str = "32-true"
     """Precision of the training steps, as Fabric names them."""
 
@@ -268,8 +284,9 @@ class Explain:
                 eval_images=self.eval_images,
                 config=config,
                 seeds=self.seeds,
-                device=self.device,
-                devices=self.devices,
+                device=self.processes.device,
+                devices=self.processes.devices,
+                nodes=self.processes.nodes,
                 precision=self.precision,
                 store=self.store,
                 capture_options=CaptureOptions(dtype=self.dtype, workers=self.workers, strict=self.strict),

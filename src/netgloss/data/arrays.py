@@ -6,6 +6,7 @@ Shape letters: N images, H and W pixels, C channels.
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -21,7 +22,19 @@ from netgloss.data.base import ImageSource
 from netgloss.data.images import printable
 from netgloss.errors import UserError
 
-_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError)
+_ARCHIVE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    tokenize.TokenError,
+)
+_MOST_CLASSES = 1_000_000  # class indices beyond it are taken for a mistake: a name is made up for each
 
 
 class ArraySource(ImageSource):
@@ -54,6 +67,8 @@ class ArraySource(ImageSource):
             if targets.size != n or targets.dtype.kind not in "iu":
                 raise UserError(f"{n} images need {n} whole numbers as targets, got {targets.dtype} {targets.shape}")
             targets = targets.reshape(n).astype(np.int64)
+            if int(targets.max()) >= _MOST_CLASSES:
+                raise UserError(f"targets must be class indices below {_MOST_CLASSES}, got {targets.max()}")
             if class_names is None:
                 class_names = [f"class {i}" for i in range(int(targets.max()) + 1)]
             if targets.min() < -1 or targets.max() >= len(class_names):

@@ -112,6 +112,9 @@ class Rows(Protocol):
         ...
 
 
+MOST_CONCEPTS = 10_000_000
+
+
 @dataclass(frozen=True)
 class ExplainerConfig:
     """Fields shared by all methods; every field of a subclass is a flag of the command line."""
@@ -120,8 +123,8 @@ class ExplainerConfig:
     """Number of concepts K."""
 
     def __post_init__(self) -> None:
-        if self.num_concepts < 1:
-            raise UserError(f"num_concepts must be at least 1, got {self.num_concepts}")
+        if not 1 <= self.num_concepts <= MOST_CONCEPTS:
+            raise UserError(f"num_concepts must be at least 1 and at most {MOST_CONCEPTS}, got {self.num_concepts}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, Explainer, ExplainerConfig, LayerSpec, TrainingConfig
+from netgloss.memory import is_out_of_memory
 from netgloss.progress import Progress, Silent
 from netgloss.training.stream import ActivationStream
 
@@ -48,8 +49,12 @@ class FitOptions:
     """Steps between two lines of the history."""
 
 
-def make_fabric(device: str = "auto", *, devices: int = 1, precision: str = "32-true") -> Fabric:
-    """Fabric on the asked device: "auto" takes the best accelerator that this machine has."""
+def make_fabric(device: str = "auto", *, devices: int = 1, nodes: int = 1, precision: str = "32-true") -> Fabric:
+    """Fabric on the asked device: "auto" takes the best accelerator that this machine has.
+
+    ``devices`` processes on each of ``nodes`` machines; Fabric starts those of one machine itself and takes over those
+    that torchrun or Slurm started.
+    """
     from lightning_fabric import Fabric
 
     known = ("auto", "cpu", "cuda", "gpu", "mps")
@@ -57,11 +62,14 @@ def make_fabric(device: str = "auto", *, devices: int = 1, precision: str = "32-
         raise UserError(f"unknown device {device!r}; choose from {', '.join(known)}")
     if devices < 1:
         raise UserError(f"devices must be at least 1, got {devices}")
+    if nodes < 1:
+        raise UserError(f"nodes must be at least 1, got {nodes}")
     try:
         return Fabric(
             accelerator=device,
             devices=devices,
-            strategy="ddp" if devices > 1 else "auto",
+            num_nodes=nodes,
+            strategy="ddp" if devices * nodes > 1 else "auto",
             precision=precision,  # type: ignore[arg-type]
         )
     except Exception as error:  # Fabric's own message says which accelerator is missing
@@ -72,7 +80,14 @@ def build_explainer(cls: type[Explainer], config: ExplainerConfig, spec: LayerSp
     """A fresh explainer whose random initial values depend on ``seed`` only; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cls(config, spec)
+        try:
+            return cls(config, spec)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{config.num_concepts} concepts of layer {spec.name!r} {spec.shape} do not fit in memory"
+            ) from error
 
 
 def fit(

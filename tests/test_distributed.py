@@ -1,0 +1,79 @@
+"""Several processes give what one gives: the same store byte for byte, the same fit and scores within rounding."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import netgloss
+from netgloss.run import Run
+
+NETGLOSS = [sys.executable, "-m", "netgloss.cli"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29561", "-m",
+            "netgloss.cli"]  # fmt: skip
+TWO = ["--device", "cpu", "--devices", "2"]
+IMAGES = "critters:900"
+FITTING = ["--num-concepts", "8", "--top-k", "2", "--steps", "30", "--batch-size", "64", "--aux-weight", "0", "--seeds",
+           "1"]  # fmt: skip
+EXPLAIN = ["explain", "topk-sae", "--model", "critters", "--layer", "block5", "--images", IMAGES, *FITTING,
+           "--untrained-images", "0"]  # fmt: skip
+
+
+def command(arguments: Sequence[str], start: Sequence[str] = NETGLOSS, code: int = 0) -> str:
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    command([*EXPLAIN, "--device", "cpu", "--out", str(out)])
+    return netgloss.load(out)
+
+
+def scores(run: Run) -> dict[str, list[float]]:
+    return {s.metric: [s.value, s.low, s.high, *s.baselines.values()] for s in run.scores}
+
+
+@pytest.mark.parametrize("start", [NETGLOSS, TORCHRUN], ids=["fabric", "torchrun"])
+def test_two_processes_give_what_one_gives(start: list[str], alone: Run, tmp_path: Path) -> None:
+    """The whole way, started by Fabric and by torchrun with the same flags."""
+    command([*EXPLAIN, *TWO, "--out", str(tmp_path / "run")], start)
+    run = netgloss.load(tmp_path / "run")
+    assert run.manifest["status"] == "complete"
+    assert files(run.path / "activations.zarr") == files(alone.path / "activations.zarr")
+    ours, theirs = run.explainer.state_dict(), alone.explainer.state_dict()
+    for name in ("encoder", "decoder", "bias"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
+    assert (run.path / "report.html").exists()
+    found, expected = scores(run), scores(alone)
+    assert found.keys() == expected.keys()
+    assert found["r2"][0] == pytest.approx(expected["r2"][0], abs=1e-3)
+
+
+def test_shared_evaluation_gives_the_scores_of_one_process(alone: Run, tmp_path: Path) -> None:
+    """The same explainer: only the order of float64 sums differs."""
+    shutil.copytree(alone.path, tmp_path / "run", ignore=shutil.ignore_patterns("scores.json", "concepts.json"))
+    command(["evaluate", str(tmp_path / "run"), "--images", IMAGES, "--untrained-images", "0", *TWO])
+    found, expected = scores(netgloss.load(tmp_path / "run")), scores(alone)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-9, abs=1e-12), name
+
+
+def test_a_mistake_ends_all_processes_with_one_line(alone: Run, tmp_path: Path) -> None:
+    error = command(["fit", "pca", "--store", str(alone.path / "activations.zarr"), "--out", str(alone.path),
+                     "--num-concepts", "3", "--seeds", "1", *TWO], code=2)  # fmt: skip
+    assert "Traceback" not in error
+    assert sum("holds another run" in line for line in error.splitlines()) == 1
