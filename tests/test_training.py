@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from netgloss.activations.store import Store, StoreInfo, StoreKey
 from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, Explainer, LayerSpec, Rows, TrainingConfig
-from netgloss.training import ActivationStream, FitOptions, build_explainer, fit
+from netgloss.training import ActivationStream, FitOptions, build_explainer, fit, fit_together
 from netgloss.training.fit import make_fabric
 
 SHAPE = (4, 3, 2)
@@ -262,3 +262,59 @@ def test_the_same_seed_builds_the_same_explainer() -> None:
     first, second, third = (build_explainer(Line, LineConfig(), spec, seed=s) for s in (1, 1, 2))
     torch.testing.assert_close(first.state_dict()["direction"], second.state_dict()["direction"])
     assert not torch.equal(first.state_dict()["direction"], third.state_dict()["direction"])
+
+
+def test_explainers_fitted_together_end_as_each_does_alone(tmp_path: Path) -> None:
+    """One pass over the store: the same weights bit for bit, the same history, every batch read once."""
+    stream = ActivationStream(make_store(tmp_path / "s"), "map", np.arange(300))
+    options: list[dict[str, Any]] = [
+        {"steps": 60},
+        {"steps": 45, "lr": 3e-2, "noise": 0.5},
+        {"steps": 60, "num_concepts": 1},
+    ]
+    lines: list[dict[str, Any]] = []
+    drawn = 0
+    batches = stream.batches
+
+    def counting(*arguments: Any, **fields: Any) -> Any:
+        nonlocal drawn
+        for batch in batches(*arguments, **fields):
+            drawn += 1
+            yield batch
+
+    stream.batches = counting  # type: ignore[method-assign]
+    together = fit_together([line(stream, **fields) for fields in options], stream, seed=5, log=lines.append)
+    assert drawn == 60
+    stream.batches = batches  # type: ignore[method-assign]
+    for number, (fields, ours) in enumerate(zip(options, together, strict=True)):
+        history: list[dict[str, Any]] = []
+        alone = fit(line(stream, **fields), stream, seed=5, log=history.append)
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
+        assert [e for e in lines if e["dictionary"] == number] == [{"dictionary": number, **e} for e in history]
+
+
+def test_a_killed_fit_of_several_resumes_each_from_its_own_checkpoint(tmp_path: Path) -> None:
+    stream = ActivationStream(make_store(tmp_path / "s"), "map", np.arange(300))
+    fields: list[dict[str, Any]] = [{"steps": 100}, {"steps": 100, "lr": 3e-2}]
+    undisturbed = fit_together([line(stream, **f) for f in fields], stream, seed=5)
+    checkpoints = [MemoryCheckpoint(), MemoryCheckpoint()]
+    kept: dict[str, Any] = {"checkpoints": checkpoints, "options": FitOptions(checkpoint_seconds=0.0)}
+
+    def kill(entry: dict[str, Any]) -> None:
+        if entry["step"] == 60 and entry["dictionary"] == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit_together([line(stream, **f) for f in fields], stream, seed=5, log=kill, **kept)
+    assert [c.state[1]["step"] for c in checkpoints] == [60, 40]
+    resumed = fit_together([line(stream, **f) for f in fields], stream, seed=5, **kept)
+    for ours, theirs in zip(resumed, undisturbed, strict=True):
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_explainers_of_other_batches_are_not_fitted_together(tmp_path: Path) -> None:
+    stream = ActivationStream(make_store(tmp_path / "s"), "map", np.arange(300))
+    with pytest.raises(UserError, match="take the same batches"):
+        fit_together([line(stream), line(stream, batch_size=32)], stream, seed=0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from netgloss.cli.serve import Serve
+from netgloss.cli.plan import Plan
 from netgloss.cli.terminal import Bars, bars_of, command_line, console, is_main_process, print_problems, print_scores
 from netgloss.errors import UserError
 
@@ -347,5 +348,6 @@ VERBS: dict[str, type] = {
     "evaluate": Evaluate,
     "report": Report,
     "serve": Serve,
+    "plan": Plan,
     "demo": Demo,
 }

@@ -1,6 +1,6 @@
 """The one fit loop: devices, precision, checkpoints, resume, progress."""
 
-from netgloss.training.fit import Checkpoint, FitOptions, build_explainer, fit, make_fabric
+from netgloss.training.fit import Checkpoint, FitOptions, build_explainer, fit, fit_together, make_fabric
 from netgloss.training.stream import ActivationStream, Surroundings
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "Surroundings",
     "build_explainer",
     "fit",
+    "fit_together",
     "make_fabric",
 ]

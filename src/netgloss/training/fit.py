@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -122,91 +123,186 @@ def fit(
             progress.advance()
             progress.finish()
         else:
-            _fit_learned(explainer, stream, seed, fabric or make_fabric("cpu"), checkpoint, options, log, progress)
+            fabric = fabric or make_fabric("cpu")
+            training = _Training(explainer, stream, seed, fabric, checkpoint, options, log)
+            _train([training], stream, seed, fabric, progress)
             explainer.cpu().eval()
             if explainer.reads != "maps":
                 explainer.after_fit(stream)
     finally:
         torch.set_rng_state(generator_state)
+    return _checked(explainer, stream)
+
+
+def fit_together(
+    explainers: Sequence[Explainer],
+    stream: ActivationStream,
+    *,
+    seed: int,
+    fabric: Fabric | None = None,
+    checkpoints: Sequence[Checkpoint | None] | None = None,
+    options: FitOptions | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
+) -> list[Explainer]:
+    """Fits several learned explainers in one pass over ``stream``: every batch is read once and given to all of them.
+
+    Each ends with the weights that :func:`fit` alone with this ``seed`` gives it, bit for bit; they may differ in
+    their options (number of concepts, sparsity, learning rate, number of steps) and initial values.
+
+    Parameters
+    ----------
+    log : receives the history lines of all, each with ``dictionary``, the explainer's place in the list.
+
+    Raises
+    ------
+    UserError
+        As :func:`fit`; also if the explainers do not take the same batches.
+    """
+    options, progress = options or FitOptions(), progress or Silent()
+    fabric = fabric or make_fabric("cpu")
+    kinds = {
+        (e.learned, e.reads, tuple(sorted(e.needs(e.config))), e.balance, getattr(e.config, "batch_size", 0))
+        for e in explainers
+    }
+    if len(kinds) != 1 or not explainers[0].learned:
+        raise UserError("explainers are fitted together only if all are learned and take the same batches")
+    saved = checkpoints or [None] * len(explainers)
+    generator_state = torch.get_rng_state()
+    try:
+        trainings = []
+        for number, (explainer, checkpoint) in enumerate(zip(explainers, saved, strict=True)):
+            tell = None if log is None else partial(_tell, log, number)
+            trainings.append(_Training(explainer, stream, seed, fabric, checkpoint, options, tell))
+        _train(trainings, stream, seed, fabric, progress)
+        for explainer in explainers:
+            explainer.cpu().eval()
+            if explainer.reads != "maps":
+                explainer.after_fit(stream)
+    finally:
+        torch.set_rng_state(generator_state)
+    return [_checked(explainer, stream) for explainer in explainers]
+
+
+def _tell(log: Callable[[dict[str, Any]], None], number: int, line: dict[str, Any]) -> None:
+    log({"dictionary": number, **line})
+
+
+def _checked(explainer: Explainer, stream: ActivationStream) -> Explainer:
     for name, value in explainer.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"the fit at layer {stream.layer!r} ended with NaN or Inf in {name!r}")
     return explainer.cpu().eval()
 
 
-def _fit_learned(
-    explainer: Explainer,
-    stream: ActivationStream,
-    seed: int,
-    fabric: Fabric,
-    checkpoint: Checkpoint | None,
-    options: FitOptions,
-    log: Callable[[dict[str, Any]], None] | None,
-    progress: Progress,
+class _Training:
+    """One explainer under training: its optimiser, its checkpoint and its history."""
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        stream: ActivationStream,
+        seed: int,
+        fabric: Fabric,
+        checkpoint: Checkpoint | None,
+        options: FitOptions,
+        log: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.explainer, self.stream, self.seed, self.fabric = explainer, stream, seed, fabric
+        self.checkpoint, self.options, self.log = checkpoint, options, log
+        assert isinstance(explainer.config, TrainingConfig)
+        saved = checkpoint.load() if checkpoint is not None else None
+        if saved is None:
+            explainer.fit_rows(stream, seed=seed)
+        optimizer = explainer.optimizer()
+        self.start = 0
+        if saved is not None:
+            self.start = _restore(explainer, optimizer, *saved)
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        explainer.train()
+        self.module, self.optimizer = fabric.setup(explainer, optimizer)
+        self.module.mark_forward_method("losses")
+        self.stopped = False
+        self._sums: dict[str, float] = {}
+        self._counted = 0
+        self._saved_at = time.monotonic()
+
+    def goes_on(self, step: int) -> bool:
+        """Whether this explainer takes ``step``; seeds its random numbers and asks it."""
+        if self.stopped or not self.start <= step < self.explainer.max_steps:
+            return False
+        torch.manual_seed((self.seed << 32) ^ step)
+        wish = self.explainer.before_step(step, self.stream)
+        self.stopped = wish == "stop"
+        if wish == "reset":
+            self.optimizer = self.fabric.setup_optimizers(self.explainer.optimizer())  # type: ignore[assignment]
+        return not self.stopped
+
+    def step(self, step: int, batch: Batch) -> tuple[int, str]:
+        """One step of the optimiser; the steps to report and a note, once every ``log_every`` steps."""
+        explainer, options = self.explainer, self.options
+        scale = explainer.lr_scale(step)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * scale
+        terms = self.module.losses(batch)
+        loss = torch.stack([t.float() for t in terms.values()]).sum()
+        values = {name: float(t.detach()) for name, t in terms.items()}
+        if not all(math.isfinite(v) for v in values.values()):
+            _explain_nan(values, self.stream, step, batch)
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        extra = explainer.after_step(step)
+        self._counted += 1
+        for name, value in {"loss": float(loss.detach()), **values}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        if (step + 1) % options.log_every and step + 1 != explainer.max_steps:
+            return 0, ""
+        counted = self._counted
+        line = {"seed": self.seed, "step": step + 1, **{k: v / counted for k, v in self._sums.items()}, **extra}
+        line["lr"] = self.base_rates[0] * scale
+        if self.log is not None and self.fabric.is_global_zero:
+            self.log(line)
+        self._sums, self._counted = {}, 0
+        due = time.monotonic() - self._saved_at > options.checkpoint_seconds
+        if self.checkpoint is not None and self.fabric.is_global_zero and due:
+            self.checkpoint.save(*_state(explainer, self.optimizer, step + 1))
+            self._saved_at = time.monotonic()
+        return counted, f"loss {line['loss']:.4g}"
+
+
+def _train(
+    trainings: Sequence[_Training], stream: ActivationStream, seed: int, fabric: Fabric, progress: Progress
 ) -> None:
-    config = explainer.config
-    assert isinstance(config, TrainingConfig)
-    saved = checkpoint.load() if checkpoint is not None else None
-    if saved is None:
-        explainer.fit_rows(stream, seed=seed)
-    optimizer = explainer.optimizer()
-    start = 0
-    if saved is not None:
-        start = _restore(explainer, optimizer, *saved)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    explainer.train()
-    module, optimizer = fabric.setup(explainer, optimizer)
-    module.mark_forward_method("losses")
+    """All steps of all trainings, on the same batches."""
+    first = trainings[0].explainer
+    assert isinstance(first.config, TrainingConfig)
+    start = min(training.start for training in trainings)
+    last = max(training.explainer.max_steps for training in trainings)
     batches = stream.batches(
-        config.batch_size,
+        first.config.batch_size,
         seed=seed,
         start=start,
         rank=fabric.global_rank,
         world=fabric.world_size,
-        fields=explainer.needs(config),
-        balance=explainer.balance,
+        fields=first.needs(first.config),
+        balance=first.balance,
     )
-    progress.start(f"fit seed {seed}", explainer.max_steps, unit="steps", done=start)
-    sums: dict[str, float] = {}
-    counted = 0
-    saved_at = time.monotonic()
-    for step in range(start, explainer.max_steps):
-        torch.manual_seed((seed << 32) ^ step)
-        wish = explainer.before_step(step, stream)
-        if wish == "stop":
+    name = f"fit seed {seed}" + (f", {len(trainings)} dictionaries" if len(trainings) > 1 else "")
+    progress.start(name, last, unit="steps", done=start)
+    for step in range(start, last):
+        batch, counted, note = None, 0, ""
+        for training in trainings:
+            if training.goes_on(step):
+                batch = batch or _move(next(batches), fabric)
+                told = training.step(step, batch)
+                counted, note = max(counted, told[0]), told[1] or note
+        if all(training.stopped for training in trainings):
             break
-        if wish == "reset":
-            optimizer = fabric.setup_optimizers(explainer.optimizer())  # type: ignore[assignment]
-        batch = _move(next(batches), fabric)
-        scale = explainer.lr_scale(step)
-        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = rate * scale
-        terms = module.losses(batch)
-        loss = torch.stack([t.float() for t in terms.values()]).sum()
-        values = {name: float(t.detach()) for name, t in terms.items()}
-        if not all(math.isfinite(v) for v in values.values()):
-            _explain_nan(values, stream, step, batch)
-        fabric.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        extra = explainer.after_step(step)
-        counted += 1
-        for name, value in {"loss": float(loss.detach()), **values}.items():
-            sums[name] = sums.get(name, 0.0) + value
-        if (step + 1) % options.log_every == 0 or step + 1 == explainer.max_steps:
-            line = {"seed": seed, "step": step + 1, **{k: v / counted for k, v in sums.items()}, **extra}
-            line["lr"] = base_rates[0] * scale
-            if log is not None and fabric.is_global_zero:
-                log(line)
-            progress.advance(counted, note=f"loss {line['loss']:.4g}")
-            sums, counted = {}, 0
-            if (
-                checkpoint is not None
-                and fabric.is_global_zero
-                and time.monotonic() - saved_at > options.checkpoint_seconds
-            ):
-                checkpoint.save(*_state(explainer, optimizer, step + 1))
-                saved_at = time.monotonic()
+        if batch is None:  # one that is further on than the others waits for them
+            next(batches)
+        if counted:
+            progress.advance(counted, note=note)
     progress.finish()
 
 
