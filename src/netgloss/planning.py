@@ -254,8 +254,7 @@ def _pace_of_store(activation: np.ndarray, logits: np.ndarray) -> tuple[float, f
     """Bytes/s written and read, the compression, and the bytes that a name takes in memory."""
     from netgloss.activations.store import Store, StoreInfo, StoreKey
 
-    repeat = max(1, 256 // len(activation))
-    activation, logits = np.tile(activation, (repeat,) + (1,) * (activation.ndim - 1)), np.tile(logits, (repeat, 1))
+    activation, logits = _varied(activation), _varied(logits)
     num = len(activation)
     key = StoreKey("", {}, ("layer",), "", dtype=str(activation.dtype))
     total = activation.nbytes + logits.nbytes
@@ -286,6 +285,17 @@ def _pace_of_store(activation: np.ndarray, logits: np.ndarray) -> tuple[float, f
     # a name in the source, one in the store, their places in two lists, a class in two arrays
     image_memory = 2.0 * (len(name) + 49) + 2 * 8 + 2 * 8
     return write, read, on_disk / total, image_memory
+
+
+def _varied(values: np.ndarray, num: int = 256) -> np.ndarray:
+    """``num`` entries like those of ``values``, none like another, so that packing finds no repetitions: features in
+    another order and a little stronger or weaker."""
+    rng = np.random.default_rng(0)
+    parts = [values]
+    while sum(map(len, parts)) < num:
+        other = values[:, rng.permutation(values.shape[1])].astype(np.float32)
+        parts.append((other * rng.uniform(0.9, 1.1, other.shape)).astype(values.dtype))
+    return np.concatenate(parts)[: max(num, len(values))]
 
 
 def _pace_of_fit(features: int, num_concepts: int, batch_rows: int) -> float:

@@ -41,8 +41,6 @@ class Plan:
     """Number format of the activations on disk."""
 
     def run(self) -> None:
-        from rich.table import Table
-
         from netgloss import planning
         from netgloss.classifiers import load_classifier
 
@@ -69,32 +67,28 @@ class Plan:
         ]
         for count in self.num_images:
             job = planning.Job(count, self.seeds, self.num_concepts, self.steps, self.batch_size, self.judged)
-            columns = (
-                "",
-                "capture",
-                "limited by",
-                "fit: statistics",
-                "fit: steps",
-                "evaluate",
-                "disk",
-                "memory/process",
-            )
-            table = Table(*columns, box=None, title=f"{count:,} images", title_justify="left")
+            rows = [
+                ("", "capture", "limited by", "fit: statistics", "fit: steps", "evaluate", "disk", "memory a process")
+            ]
             for machine in machines:
                 found = planning.plan(rates, job, machine)
                 seconds = found.seconds
-                table.add_row(
-                    machine.name,
-                    duration(seconds["capture"]),
-                    found.limit,
-                    duration(seconds["fit, statistics"]),
-                    duration(seconds["fit, steps"]),
-                    duration(seconds["evaluate"]),
-                    size(found.disk),
-                    size(found.memory),
+                rows.append(
+                    (
+                        machine.name,
+                        duration(seconds["capture"]),
+                        found.limit,
+                        duration(seconds["fit, statistics"]),
+                        duration(seconds["fit, steps"]),
+                        duration(seconds["evaluate"]),
+                        size(found.disk),
+                        size(found.memory),
+                    )
                 )
-            out.print()
-            out.print(table)
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            out.print(f"\n{count:,} images")
+            for row in rows:
+                out.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         out.print(
             f"\nAssumed for GPUs ({self.gpu_tflops:g} TFLOP/s, {self.cores} cores, {self.disk_gb_s:g} GB/s a node; "
             f"nothing was measured on a GPU): {self.seeds} fits of {self.num_concepts} concepts, {self.steps} steps of "
