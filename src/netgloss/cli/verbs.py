@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from netgloss.cli.serve import Serve
 from netgloss.cli.plan import Plan
+from netgloss.cli.serve import Serve
 from netgloss.cli.terminal import Bars, bars_of, command_line, console, is_main_process, print_problems, print_scores
 from netgloss.errors import UserError
 
