@@ -217,7 +217,7 @@ with tempfile.TemporaryDirectory() as folder:
 def memory() -> dict:
     """Peak resident memory of a process that captures, then draws 200 training batches with a budget of 4 MiB."""
     rows = []
-    for num in (2_000, 8_000, 32_000, 128_000):
+    for num in (1_000, 8_000, 32_000, 64_000):
         code = PEAK.format(tests=str(HERE.parent / "tests"), num=num)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         captured, fitted = map(float, done.stdout.split()[-2:])
