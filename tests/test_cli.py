@@ -177,18 +177,3 @@ def test_odd_images_are_explained(tmp_path: Path) -> None:
                            evaluation=netgloss.EvaluationOptions(untrained_images=0))  # fmt: skip
     assert run.manifest["data"]["num_images"] == 6
     assert run.manifest["data"]["unreadable"] == []
-
-
-def test_two_processes_give_the_store_of_one(tmp_path: Path) -> None:
-    base = [sys.executable, "-m", "netgloss.cli", "explain", "topk-sae", "--model", "critters", "--layer", "block5",
-            "--images", "critters:600", "--num-concepts", "8", "--top-k", "2", "--steps", "30", "--batch-size", "64",
-            "--seeds", "1", "--untrained-images", "0", "--device", "cpu"]  # fmt: skip
-    for name, devices in (("one", "1"), ("two", "2")):
-        done = subprocess.run(
-            [*base, "--devices", devices, "--out", str(tmp_path / name)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = (netgloss.Store.open(tmp_path / name / "activations.zarr") for name in ("one", "two"))
-    assert (one.read("block5", slice(0, 600)) == two.read("block5", slice(0, 600))).all()
-    scores = [{s.metric: s.value for s in netgloss.load(tmp_path / name).scores} for name in ("one", "two")]
-    assert scores[0]["r2"] == pytest.approx(scores[1]["r2"], abs=0.02)

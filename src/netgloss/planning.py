@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _PICTURE = (500, 375)  # width and height of an average ImageNet picture
 _SECONDS = 1.5  # that each rate is measured for, at least
 _FIT_SHARE = 0.8
+_IMAGE_MEMORY = 600.0  # bytes; benchmarks/scale.py memory: from 1,000 to 64,000 images, capture and training batches
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Rates:
     fit_rows : rows/s of the training steps of a top-k autoencoder.
     evaluate : images/s of the evaluation with three seeds and all baselines.
     base_memory : bytes of a process with the libraries, the network and one batch.
-    image_memory : bytes that each further image takes in every process (its name and its class).
+    image_memory : bytes that each further image takes in every process (its name, its class, its places in lists); not
+        measured anew, see benchmarks/scale.md.
     """
 
     forward: float
@@ -188,7 +190,7 @@ def measure_rates(
     item = np.dtype(dtype).itemsize
     image_bytes = activation[0].numel() * item + logits[0].numel() * 4
     say("the store")
-    write, read, compression, image_memory = _pace_of_store(activation.numpy().astype(dtype), logits.numpy())
+    write, read, compression = _pace_of_store(activation.numpy().astype(dtype), logits.numpy())
     say("fitting")
     rows_per_image = activation[0, 0].numel()
     fit_rows = batch_rows * _pace_of_fit(activation.shape[1], num_concepts, batch_rows)
@@ -207,7 +209,7 @@ def measure_rates(
         fit_rows=fit_rows,
         evaluate=evaluate,
         base_memory=peak_memory(),
-        image_memory=image_memory,
+        image_memory=_IMAGE_MEMORY,
     )
 
 
@@ -250,8 +252,8 @@ def _pace_of_decoding(classifier: Classifier) -> float:
     return _pace(lambda: classifier.preprocessing.bytes(open_image(file, name="picture")))
 
 
-def _pace_of_store(activation: np.ndarray, logits: np.ndarray) -> tuple[float, float, float, float]:
-    """Bytes/s written and read, the compression, and the bytes that a name takes in memory."""
+def _pace_of_store(activation: np.ndarray, logits: np.ndarray) -> tuple[float, float, float]:
+    """Bytes/s written and read, and the compression."""
     from netgloss.activations.store import Store, StoreInfo, StoreKey
 
     activation, logits = _varied(activation), _varied(logits)
@@ -281,10 +283,7 @@ def _pace_of_store(activation: np.ndarray, logits: np.ndarray) -> tuple[float, f
         write = total / (time.perf_counter() - started)
         on_disk = sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file()) if store.pending == [] else 0
         read = total * _pace(lambda: (store.read("layer", slice(0, num)), store.read_logits(slice(0, num))))
-    name = f"n01440764/n01440764_{0:08d}.JPEG"
-    # a name in the source, one in the store, their places in two lists, a class in two arrays
-    image_memory = 2.0 * (len(name) + 49) + 2 * 8 + 2 * 8
-    return write, read, on_disk / total, image_memory
+    return write, read, on_disk / total
 
 
 def _varied(values: np.ndarray, num: int = 256) -> np.ndarray:
