@@ -33,10 +33,11 @@ def equal(one: Store, two: Store) -> None:
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_a_store_at_a_url_holds_the_same(kind: str, local: Store, tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}/store" if kind == "memory" else f"file://{tmp_path}/store"
+    place = url if kind == "memory" else tmp_path / "store"
     source, classifier = netgloss.open_images("critters:40"), load_classifier("critters")
     equal(capture(classifier, source, ["block5"], url), local)
     again = capture(classifier, source, ["block5"], url)
-    assert again.path == url
+    assert again.path == place
     assert not again.pending
     with pytest.raises(UserError, match="holds something else: images"):
         capture(classifier, netgloss.open_images("critters:41"), ["block5"], url)
@@ -44,7 +45,7 @@ def test_a_store_at_a_url_holds_the_same(kind: str, local: Store, tmp_path: Path
 
 
 def test_the_whole_way_over_a_url(tmp_path: Path) -> None:
-    url = f"file://{tmp_path}/store"
+    url = f"memory://{tmp_path.name}/whole"
     run = netgloss.explain("pca", "critters", "block5", "critters:40", out=tmp_path / "run", store=url, num_concepts=2,
                            seeds=1, evaluation=OPTIONS)  # fmt: skip
     assert run.manifest["store"] == url
@@ -88,4 +89,5 @@ def test_places_that_cannot_be_reached_are_one_line(url: str, monkeypatch: pytes
 def test_urls_stay_text_and_paths_become_paths() -> None:
     assert place_of("s3://bucket/a") == "s3://bucket/a"
     assert place_of("a/b") == Path("a/b")
+    assert place_of("file:///a/b") == Path("/a/b")
     assert place_of(Path("a")) == Path("a")

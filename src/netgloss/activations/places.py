@@ -34,8 +34,10 @@ class RegularFiles(LocalStore):
 
 
 def place_of(where: str | os.PathLike[str]) -> Place:
-    """A URL stays text, anything else becomes a path."""
-    return where if isinstance(where, str) and "://" in where else Path(where)
+    """A URL stays text, ``file://`` and anything else becomes a path."""
+    if isinstance(where, str) and "://" in where and not where.startswith("file://"):
+        return where
+    return Path(where.removeprefix("file://")) if isinstance(where, str) else Path(where)
 
 
 def open_group(place: Place, mode: Any) -> zarr.Group:
