@@ -108,7 +108,10 @@ class Rows(Protocol):
         ...
 
     def examples(self, fields: Collection[str] = ("logits", "labels")) -> Iterator[Batch]:
-        """Every row (or whole activation) once, in order, with some fields of :class:`Batch` (not the tail)."""
+        """Every row (or whole activation) once, in order, with some fields of :class:`Batch`.
+
+        The tail comes only to methods that read maps.
+        """
         ...
 
 

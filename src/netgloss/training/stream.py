@@ -141,11 +141,14 @@ class ActivationStream:
         return torch.cat(parts)
 
     def examples(self, fields: Collection[str] = ("logits", "labels")) -> Iterator[Batch]:
-        """Every entry once, in order of the images, with some fields of a batch (not the tail)."""
+        """Every entry once, in order of the images, with some fields of a batch (the tail only with maps)."""
         for block in self._in_order():
             values, index = self._load(block)
             for part in torch.arange(len(index)).split(_WHOLE if self.reads == "maps" else _EXAMPLES):
-                yield self._batch(values[part].float(), index[part], block, 0, fields)
+                batch = self._batch(values[part].float(), index[part], block, 0, fields)
+                if "tail" in fields and self.reads == "maps":
+                    self._add_tail(batch, values, block, np.random.default_rng(0))
+                yield batch
 
     def decisions(self, images: np.ndarray) -> np.ndarray:
         """Class of each image: its label, or the network's prediction where it has none (-1 without stored logits)."""

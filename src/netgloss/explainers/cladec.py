@@ -1,0 +1,408 @@
+"""ClaDec: a layer's activations decoded back into images, beside a reference autoencoder.
+
+::
+
+    X_E = D(a)                      D: the decoder, a: the layer's activation (or a subset of its units)
+    X_R = D_R(E_R(X))               the reference: an encoder with the same code shape, the same decoder
+    J  = (1 - alpha) R(X, X_E) + alpha CE(C(X_E), t),    R = squared error summed over an image, mean over the batch
+    minimised: J / (alpha + P (1 - alpha))  +  R(X, X_R) / P        (disjoint parameters: two trainings in one)
+
+What X_R shows and X_E lacks was discarded by the classifier, or kept in a form that this decoder cannot read; what both
+lack says nothing. Alone, a decoded image is no evidence.
+
+J. Schneider, M. Vlachos, "Explaining Classifiers by Constructing Familiar Concepts", Machine Learning 2022,
+doi 10.1007/s10994-022-06157-0 (arXiv 2203.04109), after "Explaining Neural Networks by Decoding Layer Activations",
+IDA 2021, doi 10.1007/978-3-030-74251-5_6.
+
+Left out: the GAN and VAE variants. Ours: the general decoder, the compact reference (a fresh copy of the classifier, as
+published, needs the classifier: :meth:`ClaDec.use_reference` takes it in Python), subsets by relevance, the check for
+collapse. On top of the paper's rule, with alpha > 0 the weights with the lowest J (not R) on held-out images are kept.
+
+Shape letters: B images, c features of the layer, U units of the code, h w the grid, m H W the decoded image, P = m H W.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from netgloss.errors import UserError
+from netgloss.explainers._cladec_config import SMALL, ClaDecConfig, choose_units, count_units, image_size
+from netgloss.explainers._cladec_kept import KeptWeights
+from netgloss.explainers._cladec_objective import (
+    alpha_mean,
+    check_collapse,
+    class_error,
+    reconstruction_error,
+    unit_relevance,
+)
+from netgloss.explainers._decoders import CompactEncoder, GeneralDecoder, PublishedDecoder
+from netgloss.explainers.base import Batch, Explainer, ExplainerConfig, LayerSpec, Rows
+
+_EPS = 1e-6
+_HELD_SHARE = 10
+_HELD_BYTES = 128 << 20
+_COLLAPSE_STEP = 100
+
+
+class ClaDec(Explainer):
+    """Decoder of a layer's units and its reference autoencoder; ``decode`` gives images (B, m, H, W).
+
+    The image values are the decoder's raw output, which may leave [0, 1] a little. ``encode`` only picks units.
+    """
+
+    Config = ClaDecConfig
+    target = "image"
+    reads = "maps"
+    uses = ("image",)
+    learned = True
+    config: ClaDecConfig
+    units: Tensor
+    code_mean: Tensor
+    code_std: Tensor
+    mean_image: Tensor
+    mean_activation: Tensor
+    _planned: Tensor
+
+    def __init__(self, config: ClaDecConfig, spec: LayerSpec) -> None:
+        if len(spec.image) != 3:
+            raise UserError("ClaDec needs to know the network's input (channels, height, width)")
+        size = image_size(config, spec.image)
+        super().__init__(_resolve(config, max(size)), spec)
+        self.image_shape = (spec.image[0], *size)
+        """(m, H, W)."""
+        self.num_units = count_units(config, spec.num_features)
+        code = (self.num_units, *spec.grid)
+        self.decoder = self._new_decoder(code)
+        self.reference_encoder: nn.Module | None = None
+        self.reference_decoder: nn.Module | None = None
+        if self.config.reference == "compact":
+            self.reference_encoder = CompactEncoder(code, self.image_shape)
+            self.reference_decoder = self._new_decoder(code)
+        self.register_buffer("units", choose_units(config, spec.num_features))
+        self.register_buffer("code_mean", torch.zeros(self.num_units))
+        self.register_buffer("code_std", torch.ones(self.num_units))
+        self.register_buffer("mean_image", torch.zeros(self.image_shape))
+        self.register_buffer("mean_activation", torch.zeros(spec.shape))
+        self.register_buffer("_planned", torch.zeros(3, dtype=torch.long))  # steps, steps with alpha after them, seed
+        self.kept = KeptWeights()
+        self.to_code: Callable[[Tensor], Tensor] | None = None
+        """With ``code_weight``: decoded images -> the layer's activation, differentiable; set it before the fit."""
+        self.check_collapse = True
+        """Whether a decoder that ignores its code ends the fit with an error."""
+        self._held: tuple[Tensor, Tensor, Batch] | None = None
+        self._logged: dict[str, float] = {}
+        self._to_logits: Callable[[Tensor], Tensor] | None = None
+        self.to(memory_format=torch.channels_last)
+
+    # -- the contract ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def needs(cls, config: ExplainerConfig) -> tuple[str, ...]:
+        """Fields of :class:`Batch` that a fit reads."""
+        assert isinstance(config, ClaDecConfig)
+        fields = ["image"]
+        if config.alpha > 0:
+            fields += ["to_logits", "logits", "labels"]
+        if config.channel_rule == "relevance":
+            fields += ["tail", "logits"]
+        return tuple(dict.fromkeys(fields))
+
+    @classmethod
+    def image_size(cls, config: ExplainerConfig, image: tuple[int, ...]) -> tuple[int, int]:
+        """(H, W) at which images are decoded."""
+        assert isinstance(config, ClaDecConfig)
+        return image_size(config, image)
+
+    @property
+    def num_concepts(self) -> int:
+        """U, the units that the decoder sees."""
+        return self.num_units
+
+    @property
+    def num_values(self) -> int:
+        """P = m * H * W."""
+        return math.prod(self.image_shape)
+
+    def name_concepts(self) -> list[str]:
+        """``unit 17`` for unit 17 of the layer."""
+        return [f"unit {u}" for u in self.units.tolist()]
+
+    def encode(self, activation: Tensor) -> Tensor:
+        """The chosen units (B, U) or (B, U, h, w) of activations (B, c) or (B, c, h, w)."""
+        self._check_features(activation, self.spec.num_features, "activation")
+        return activation if self.num_units == self.spec.num_features else activation[:, self.units]
+
+    def decode(self, concepts: Tensor) -> Tensor:
+        """X_E (B, m, H, W) of the units (B, U) or (B, U, h, w)."""
+        self._check_features(concepts, self.num_units, "units")
+        if tuple(concepts.shape[2:]) != self.spec.grid:
+            raise UserError(
+                f"the decoder of layer {self.spec.name!r} reads a grid {self.spec.grid or 'of vectors'}, got units of "
+                f"shape {tuple(concepts.shape)}"
+            )
+        shape = (1, -1, *(1 for _ in self.spec.grid))
+        if self.config.standardize == "yes":
+            concepts = (concepts - self.code_mean.reshape(shape)) / self.code_std.reshape(shape)
+        return self.decoder(_last(concepts))
+
+    def reference(self, image: Tensor) -> Tensor:
+        """X_R (B, m, H, W) of images (B, m, H, W) in [0, 1].
+
+        Raises
+        ------
+        UserError : the explainer was made without a reference.
+        """
+        if self.reference_encoder is None or self.reference_decoder is None:
+            raise UserError("this ClaDec has no reference autoencoder (reference='none')")
+        return self.reference_decoder(_last(self.reference_encoder(_last(image))))
+
+    def use_reference(self, encoder: nn.Module) -> None:
+        """Takes another encoder, images (B, m, H, W) -> code (B, U[, h, w]), for the reference (before the fit).
+
+        The published reference is the classifier up to the layer with fresh weights:
+        :class:`netgloss.decoding.FreshEncoder`. Its architecture is not part of the file of a saved explainer: to load
+        one, build it with the same encoder first.
+        """
+        self.reference_encoder = encoder
+        self.reference_decoder = self._new_decoder((self.num_units, *self.spec.grid))
+
+    # -- the fit --------------------------------------------------------------------------------------------------
+
+    def fit_rows(self, rows: Rows, *, seed: int) -> None:
+        """Statistics of code and images, the number of steps, and units by relevance."""
+        count = 0
+        first, second = (torch.zeros(self.spec.num_features, dtype=torch.float64) for _ in range(2))
+        total = torch.zeros(self.spec.shape, dtype=torch.float64)
+        pixels = torch.zeros(self.image_shape, dtype=torch.float64)
+        relevance = torch.zeros(self.spec.num_features, dtype=torch.float64)
+        for batch in rows.examples(self.needs(self.config)):
+            image = _image_of(batch)
+            values = batch.activation.double()
+            if tuple(values.shape[1:]) != self.spec.shape or tuple(image.shape[1:]) != self.image_shape:
+                raise UserError(
+                    f"expected activations of shape {self.spec.shape} with images of shape {self.image_shape}, got "
+                    f"{tuple(values.shape[1:])} with {tuple(image.shape[1:])}"
+                )
+            flat = values.flatten(2) if values.ndim == 4 else values[:, :, None]
+            first += flat.mean(2).sum(0)
+            second += flat.square().mean(2).sum(0)
+            total += values.sum(0)
+            pixels += image.double().sum(0)
+            count += len(values)
+            if self.config.channel_rule == "relevance":
+                relevance += unit_relevance(batch.activation, batch.tail)
+        if not second.isfinite().all():
+            raise UserError(f"activations of layer {self.spec.name!r} overflow: capture them with --dtype float32")
+        if self.config.channel_rule == "relevance":
+            self.units.copy_(choose_units(self.config, self.spec.num_features, relevance))
+        self.mean_activation.copy_(total / count)
+        self.mean_image.copy_(pixels / count)
+        mean = (first / count)[self.units]
+        self.code_mean.copy_(mean)
+        self.code_std.copy_((second[self.units] / count - mean**2).clamp_min(0).sqrt().clamp_min(_EPS))
+        for decoder in (self.decoder, self.reference_decoder):
+            if isinstance(decoder, GeneralDecoder | PublishedDecoder):
+                decoder.set_colour(self.mean_image.mean(dim=(1, 2)))
+        a_pass = max(1, count // self.config.batch_size)
+        steps = self.config.steps or self.config.epochs * a_pass
+        extra = self.config.alpha_epochs * a_pass if self._continues else 0
+        self._planned.copy_(torch.tensor([steps, extra, seed]))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms of J~ and of the reference; held-out images of the batch do not count."""
+        image, activation = _image_of(batch), batch.activation
+        used = ~self._is_held(batch.index)
+        if self._held is None or not used.any():
+            used = torch.ones_like(used)
+        picked = Batch(
+            activation[used],
+            batch.index[used],
+            logits=None if batch.logits is None else batch.logits[used],
+            labels=None if batch.labels is None else batch.labels[used],
+        )
+        image = image[used]
+        self._to_logits = batch.to_logits
+        alpha = self._alpha_at(batch.step)
+        terms = self._terms(picked, image, self._to_logits, alpha)
+        frozen = self._continues and batch.step >= int(self._planned[0])
+        if self.reference_encoder is not None and not frozen:
+            error = reconstruction_error(image, self.reference(image))
+            terms["reference"] = error / self.num_values
+            self._logged["R_reference"] = float(error.detach())
+        return terms
+
+    def _terms(
+        self, batch: Batch, image: Tensor, to_logits: Callable[[Tensor], Tensor] | None, alpha: float
+    ) -> dict[str, Tensor]:
+        weight = alpha_mean(alpha, self.num_values)
+        decoded = self.decode(self.encode(batch.activation))
+        error = reconstruction_error(image, decoded)
+        terms = {"reconstruction": (1 - weight) / self.num_values * error} if alpha < 1 else {}
+        told = {"R": float(error.detach())}
+        if alpha > 0:
+            if to_logits is None:
+                raise UserError("alpha > 0 needs the classifier: the batch brought no to_logits")
+            wrong = class_error(to_logits(decoded), batch.labels, batch.logits, self.config.class_target)
+            terms["class"] = weight * wrong
+            told |= {"CE": float(wrong.detach())}
+        told["J"] = (1 - alpha) * told["R"] + alpha * told.get("CE", 0.0)
+        if self.config.code_weight:
+            if self.to_code is None:
+                raise UserError("code_weight needs the classifier: set explainer.to_code before the fit (Python only)")
+            gap = (self.to_code(decoded) - batch.activation).flatten(1).norm(dim=1)
+            share = gap.square() / batch.activation.flatten(1).norm(dim=1).square().clamp_min(_EPS)
+            terms["code"] = self.config.code_weight * share.mean()
+        self._logged |= told
+        return terms
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam with weight decay 1e-5."""
+        return torch.optim.Adam(self.parameters(), lr=self.config.lr, weight_decay=1e-5)
+
+    @property
+    def max_steps(self) -> int:
+        """Steps without and with alpha."""
+        return int(self._planned[0] + self._planned[1])
+
+    def lr_scale(self, step: int) -> float:
+        """The schedule; the steps with alpha that follow those without have a cycle of their own."""
+        total, extra = int(self._planned[0]), int(self._planned[1])
+        if step >= total:
+            step, total = step - total, extra
+        if self.config.schedule == "constant":
+            return 1.0
+        if self.config.schedule == "drops":
+            return 0.1 ** ((step >= total * 29 // 64) + (step >= total * 58 // 64))
+        warm = max(1, total // 10)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+    def before_step(self, step: int, rows: Rows) -> Literal["go", "reset", "stop"]:
+        """Gathers held-out images once; starts the steps with alpha from the best weights without."""
+        if self._held is None:
+            self._held = self._gather(rows)
+        if self._continues and step == int(self._planned[0]):
+            self.kept.restore(self)
+            return "reset"
+        return "go"
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Judges the weights on the held-out images now and then, and keeps the best."""
+        told, done = dict(self._logged), step + 1
+        every = max(1, self.max_steps // max(1, self.config.epochs))
+        end = done == self.max_steps
+        if done % every == 0 or end or done in (int(self._planned[0]), _COLLAPSE_STEP):
+            told |= self._judge(done, self._alpha_at(step))
+        if end:
+            self.kept.restore(self)
+        return told
+
+    # -- its parts ------------------------------------------------------------------------------------------------
+
+    @property
+    def _continues(self) -> bool:
+        """Whether alpha follows after steps without it."""
+        return self.config.alpha > 0 and max(self.image_shape[1:]) > SMALL and self.config.alpha_epochs > 0
+
+    def _alpha_at(self, step: int) -> float:
+        return 0.0 if self._continues and step < int(self._planned[0]) else self.config.alpha
+
+    def _new_decoder(self, code: tuple[int, ...]) -> nn.Module:
+        if self.config.preset == "general":
+            return GeneralDecoder(code, self.image_shape, width=self.config.width)
+        output = "sigmoid" if self.config.output == "auto" else self.config.output
+        return PublishedDecoder(code, self.image_shape, norm=self.config.norm, output=output)
+
+    def _is_held(self, index: Tensor) -> Tensor:
+        """One image in ten, by a hash of its index and the seed."""
+        mixed = (index.to(self._planned.device) * 2654435761 + self._planned[2] * 1640531527) % 2**32
+        mixed = (mixed ^ (mixed >> 16)) * 73244475 % 2**32
+        return (mixed >> 16) % _HELD_SHARE == 0
+
+    def _gather(self, rows: Rows) -> tuple[Tensor, Tensor, Batch] | None:
+        """Activations, images and the rest of the held-out images, as many as fit; None if there are too few."""
+        parts: list[tuple[Tensor, Tensor, Batch]] = []
+        size = 0
+        for batch in rows.examples(("image", "logits", "labels")):
+            held = self._is_held(batch.index).cpu()
+            image, values = _image_of(batch)[held], batch.activation[held]
+            rest = {n: v[held] for n in ("logits", "labels") if (v := getattr(batch, n)) is not None}
+            parts.append((values, image, Batch(values[:0], batch.index[held], **rest)))
+            size += 4 * (image.numel() + values.numel())
+            if size > _HELD_BYTES:
+                break
+        images = torch.cat([image for _, image, _ in parts])
+        if len(images) < 2:
+            return None
+        rest = {
+            name: torch.cat([getattr(b, name) for _, _, b in parts])
+            for name in ("index", "logits", "labels")
+            if getattr(parts[0][2], name) is not None
+        }
+        return torch.cat([values for values, _, _ in parts]), images, Batch(torch.empty(0), **rest)
+
+    @torch.no_grad()
+    def _judge(self, done: int, alpha: float) -> dict[str, float]:
+        """Held-out R of both decoders (J too with alpha); keeps what is best so far; raises on collapse."""
+        if self._held is None:
+            return {}
+        training = self.training
+        self.eval()
+        device = self.mean_image.device
+        activations, images, rest = self._held
+        sums = {"R": 0.0, "CE": 0.0, "R_reference": 0.0, "R_mean": 0.0}
+        decoded = []
+        for part in torch.arange(len(images)).split(64):
+            x = images[part].to(device)
+            made = self.decode(self.encode(activations[part].to(device)))
+            decoded.append(made)
+            sums["R"] += float((x - made).square().sum())
+            sums["R_mean"] += float((x - self.mean_image).square().sum())
+            if self.reference_encoder is not None:
+                sums["R_reference"] += float((x - self.reference(x)).square().sum())
+            if alpha > 0 and self._to_logits is not None:
+                given = [None if v is None else v[part].to(device) for v in (rest.labels, rest.logits)]
+                wrong = class_error(self._to_logits(made), given[0], given[1], self.config.class_target)
+                sums["CE"] += float(wrong) * len(part)
+        self.train(training)
+        found = {name: value / len(images) for name, value in sums.items()}
+        spread = torch.cat(decoded).var(dim=0).sum() / images.var(dim=0).sum().clamp_min(_EPS)
+        enough = self.max_steps >= _COLLAPSE_STEP and done in (_COLLAPSE_STEP, self.max_steps)
+        if self.check_collapse and enough:
+            check_collapse(found["R"], found["R_mean"], float(spread), alpha, self.spec.name)
+        self.kept.offer("decoder", self.decoder, (1 - alpha) * found["R"] + alpha * found["CE"])
+        if self.reference_encoder is not None and self.reference_decoder is not None:
+            for name in ("reference_encoder", "reference_decoder"):
+                self.kept.offer(name, getattr(self, name), found["R_reference"])
+        return {f"heldout_{name}": value for name, value in found.items() if name in ("R", "R_reference")}
+
+
+def _resolve(config: ClaDecConfig, side: int) -> ClaDecConfig:
+    """The config with what is 0 or "auto" filled in for images of this side."""
+    published = config.preset == "published"
+    small = side <= SMALL
+    return dataclasses.replace(
+        config,
+        batch_size=config.batch_size or (128 if small or published else 32),
+        lr=config.lr or (3e-4 if published else 1e-3),
+        epochs=config.epochs or (64 if published else 10 if small else 12),
+        standardize=config.standardize if config.standardize != "auto" else "no" if published else "yes",
+        schedule=config.schedule if config.schedule != "auto" else "drops" if published else "cycle",
+    )
+
+
+def _image_of(batch: Batch) -> Tensor:
+    if batch.image is None:
+        raise UserError("ClaDec is fitted on images together with their activations: give it the images")
+    return batch.image
+
+
+def _last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
