@@ -43,6 +43,11 @@ def example(*, maps: bool, seed: int = 0) -> dict[str, Tensor]:
         "labels": torch.randint(-1, 4, (NUM_IMAGES,), generator=g),
         "contributions": torch.randn(NUM_IMAGES, 6, generator=g),
     }
+    inputs["image"] = torch.rand(NUM_IMAGES, 3, 4, 5, generator=g)
+    inputs["mean_image"] = inputs["image"].mean(dim=0).expand_as(inputs["image"])
+    for name, noise in (("decoded", 0.2), ("reference", 0.1)):
+        inputs[name] = inputs["image"] + noise * torch.randn(inputs["image"].shape, generator=g)
+    inputs["logits_decoded"] = inputs["logits_rebuilt"] + torch.randn(logits.shape, generator=g)
     known = torch.nn.functional.one_hot(inputs["labels"].clamp_min(0), 4)  # a classifier that knows something
     return inputs | {name: inputs[name] + 2 * known for name in ("logits", "logits_rebuilt")}
 
