@@ -140,6 +140,19 @@ def evaluate_run(
     if tail.mode != "graph":
         warnings.append(f"logits are computed by replaced forwards: {tail.reason}")
     warnings += _uncovered(explainers[0], store, judged)
+    if explainers[0].target == "image":
+        if fabric is not None:
+            part(fabric)
+        if not writes:
+            return run
+        warnings += _judge_decoder(run, explainers, layer, fit_images, heldout, judged, gloss, progress)
+        run.update(
+            status="evaluated",
+            tail={"mode": tail.mode, "affine": affine, "reason": tail.reason},
+            warnings=warnings,
+            num_judged=len(judged),
+        )
+        return run
     with _timed(run, "evaluate", writes=writes):
         mean, variance = moments(stream)
         controls = make_controls(stream, explainers[0].spec, num_concepts=explainers[0].num_concepts, seeds=run.seeds)
@@ -191,6 +204,55 @@ def evaluate_run(
         num_judged=len(judged),
     )
     return run
+
+
+def _judge_decoder(
+    run: Run,
+    explainers: list[Explainer],
+    layer: Layer,
+    fit_images: np.ndarray,
+    heldout: np.ndarray,
+    judged: np.ndarray,
+    gloss: GlossOptions | None,
+    progress: Progress,
+) -> list[str]:
+    """Scores, pictures and the gloss of explainers that decode into images; returns warnings."""
+    from netgloss.decoding.judge import Pictures, ShownUnits, decoded_notes, decoded_scores, triple_figures
+    from netgloss.explainers.cladec import ClaDec
+
+    decoders = [e for e in explainers if isinstance(e, ClaDec)]
+    warnings: list[str] = []
+    with _timed(run, "evaluate"):
+        if layer.source is None or not decoders:
+            run.write_scores([])
+            warnings.append("decoded images were not judged: evaluate needs the images (--images)")
+        else:
+            pictures = Pictures.of(decoders[0], layer.classifier, layer.source)
+            scores = decoded_scores(decoders, layer, pictures, fit_images=fit_images, judged=judged, progress=progress)
+            run.write_scores(scores)
+            warnings += decoded_notes(scores)
+            drawn = triple_figures(decoders[0], layer, pictures, judged, seed=run.seeds[0])
+            run.write_figures(drawn)
+    with _timed(run, "gloss"):
+        shown = ShownUnits(decoders[0]) if decoders else explainers[0]
+        content, thumbnails = make_gloss(
+            shown,
+            layer,
+            fit_images=fit_images,
+            heldout_images=heldout,
+            stability=None,
+            affine=False,
+            options=gloss,
+            progress=progress,
+        )
+        if layer.source is not None:
+            _write_thumbnails(run, layer.classifier, layer.source, thumbnails)
+        run.write_concepts(content)
+    if decoders and shown.num_concepts < decoders[0].num_units:
+        warnings.append(
+            f"the concepts listed are the {shown.num_concepts} units that vary most, of {decoders[0].num_units}"
+        )
+    return warnings
 
 
 def _uncovered(explainer: Explainer, store: Store, images: np.ndarray) -> list[str]:

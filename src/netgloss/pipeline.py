@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from netgloss.activations import CaptureOptions, Store, StoreInfo, capture, image_batches, prepare_store
@@ -328,15 +329,38 @@ def show(
             activation = taps(pixels)[run.layer]
             logits = taps.logits
         picture = classifier.preprocessing.pixels(source.image(index)).permute(1, 2, 0).clamp(0, 1).numpy()
-        way_on = tail if tail.mode == "graph" else (lambda a, x=pixels: tail(a, images=x))
-        figure, numbers = describe_image(
-            explainer, activation, logits, way_on, picture, classifier.class_names, top=top
-        )
+        if explainer.target == "image":
+            figure, numbers = _show_decoded(run, explainer, activation, logits, classifier, source, index)
+        else:
+            way_on = tail if tail.mode == "graph" else (lambda a, x=pixels: tail(a, images=x))
+            figure, numbers = describe_image(
+                explainer, activation, logits, way_on, picture, classifier.class_names, top=top
+            )
         stem = Path(name).stem or "image"
         written += save_figure(
             Path(out), f"{index:04d}-{stem}" if len(source) > 1 else stem, figure, {"image": name, **numbers}
         )
     return written
+
+
+def _show_decoded(
+    run: Run,
+    explainer: Explainer,
+    activation: torch.Tensor,
+    logits: torch.Tensor,
+    classifier: Classifier,
+    source: ImageSource,
+    index: int,
+) -> tuple[Any, dict[str, Any]]:
+    """The triple of one image, for explainers that decode into images."""
+    from netgloss.decoding.judge import Pictures, describe_decoded
+    from netgloss.explainers.cladec import ClaDec
+
+    if not isinstance(explainer, ClaDec):
+        raise UserError(f"{run.method} decodes into images in a way that show does not know")
+    pictures = Pictures.of(explainer, classifier, source)
+    image = pictures.read(np.array([index]))
+    return describe_decoded(explainer, activation, logits, image, pictures, classifier.class_names, seed=run.seeds[0])
 
 
 def demo(out: str | Path, *, num_images: int = 400, command: str = "", progress: Progress | None = None) -> Run:

@@ -8,6 +8,7 @@
     scores.json            a list of Score records
     concepts.json          concepts, classes and example images as the report shows them
     images/                thumbnails
+    figures/               figures of methods that draw some, and figures.json
     report.html            all of it, in one file
 
 Every file is written to a neighbour and renamed, so that a folder is complete or resumable, never half. Nothing is
@@ -20,7 +21,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -255,6 +256,26 @@ class Run:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality, optimize=True)
         write_atomically(self.path / "images" / name, buffer.getvalue())
+
+    def write_figures(self, drawn: Sequence[tuple[str, Any, str]]) -> None:
+        """Figures as PNG below ``figures/``, listed with what they show in ``figures/figures.json``.
+
+        ``drawn`` holds (file stem, matplotlib figure, text); figures written before stay listed.
+        """
+        folder = self.path / "figures"
+        listed = {entry["file"]: entry for entry in self.figures}
+        for stem, figure, text in drawn:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110)
+            write_atomically(folder / f"{stem}.png", buffer.getvalue())
+            listed[f"{stem}.png"] = {"file": f"{stem}.png", "text": text}
+        write_atomically(folder / "figures.json", to_json(list(listed.values())))
+
+    @property
+    def figures(self) -> list[dict[str, str]]:
+        """File and text of each figure below ``figures/``; empty if there are none."""
+        path = self.path / "figures" / "figures.json"
+        return read_json(path) if path.exists() else []
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line to history.jsonl."""

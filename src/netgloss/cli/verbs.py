@@ -197,6 +197,9 @@ class Evaluate:
     annotations: str | None = None
     """Where things are: a folder of images and masks, a COCO file, or critters:N,seed=S. Labels the concepts. A run
     that was evaluated before is only labelled, unless --images is given."""
+    decoder: Path | None = None
+    """Run folder of a cladec decoder of the same layer: shows each concept taken out and alone. A run that was
+    evaluated before is not scored again."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self) -> None:
@@ -210,7 +213,8 @@ class Evaluate:
         source = open_sources(self.images, self.eval_images) if self.images else None
         run = Run(self.run_folder)
         with bars_of(fabric) as bars:
-            if self.annotations is None or self.images or not run.scores:
+            asked = (self.annotations is None or self.images) and self.decoder is None
+            if asked or not run.scores:
                 run = evaluate_run(
                     run,
                     source=source,
@@ -224,8 +228,15 @@ class Evaluate:
                 classifier = run.classifier().to(fabric.device)
                 store = Store.open(run.store)
                 dissect_run(run, self.annotations, store=store, source=source, classifier=classifier, progress=bars)
-                if (run.path / "report.html").exists():
-                    run.write_report()
+            if self.decoder is not None:
+                from netgloss.decoding.visible import show_concepts
+
+                classifier = run.classifier().to(fabric.device)
+                store = Store.open(run.store)
+                decoder = Run(self.decoder)
+                show_concepts(run, decoder, store=store, source=source, classifier=classifier, progress=bars)
+            if (self.annotations or self.decoder) and (run.path / "report.html").exists():
+                run.write_report()
         print_scores(run)
 
 

@@ -22,6 +22,7 @@ from markupsafe import Markup, escape
 from netgloss import figures
 from netgloss.figures.style import HEAT, number
 from netgloss.report import answers, glossary
+from netgloss.report.decoded import pack_figures
 from netgloss.report.pack import decoded_pictures, pack_maps, pack_thumbnails
 from netgloss.report.read import RunFiles, read_run
 
@@ -52,6 +53,8 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
     history = _history_chart(files)
     data = _page_data(files)
     fixed = len(to_json(data)) + sum(map(len, charts)) + len(history) + 150_000
+    drawn = pack_figures(files.folder)
+    fixed += sum(len(figure["data"]) for figure in drawn["entries"])
     pictures = data["pictures"] = decoded_pictures(files.concepts["concepts"])
     thumbnails, missing = pack_thumbnails(files.folder, [*files.concepts["images"], *pictures], BUDGET - fixed)
 
@@ -75,6 +78,7 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
         distrust=answers.what_to_distrust(files, missing),
         scores=scores,
         history=history,
+        figures=drawn,
         coarsened=coarsened,
         missing=missing,
         method=glossary.method_text(files.run["method"]),

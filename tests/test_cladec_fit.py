@@ -1,0 +1,235 @@
+"""A fit of ClaDec from end to end, and what it must leave alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from netgloss.activations import capture
+from netgloss.classifiers import load_classifier
+from netgloss.data import open_images
+from netgloss.decoding.judge import Pictures, decoded_scores
+from netgloss.decoding.reference import FreshEncoder
+from netgloss.errors import UserError
+from netgloss.evaluation import Layer
+from netgloss.explainers.cladec import ClaDec, ClaDecConfig
+from netgloss.fitting import make_tail, open_stream
+from netgloss.metrics.decoding import RecClaDec
+from netgloss.pipeline import explain, fit_run, show, store_info
+from netgloss.run import load_explainer
+from netgloss.training import Checkpoint, FitOptions, build_explainer, fit
+
+LAYER = "block4"
+FAST = {"size": 16, "steps": 30, "batch_size": 16, "width": 8}
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return load_classifier("critters")
+
+
+@pytest.fixture(scope="module")
+def source():
+    return open_images("critters:60")
+
+
+@pytest.fixture(scope="module")
+def store(classifier, source, tmp_path_factory):
+    place = tmp_path_factory.mktemp("cladec") / "store"
+    return capture(classifier, source, [LAYER], place, info=store_info(classifier, source))
+
+
+def fitted(classifier, source, store, *, seed=0, checkpoint=None, log=None, change=None, **fields) -> ClaDec:
+    config = ClaDecConfig(**{**FAST, **fields})
+    images = np.arange(48)
+    stream = open_stream(ClaDec, config, store, LAYER, images, classifier=lambda: classifier, source=source)
+    spec = stream.spec(num_classes=classifier.num_classes, image=classifier.input_shape)
+    explainer = build_explainer(ClaDec, config, spec, seed=seed)
+    if change is not None:
+        change(explainer)
+    options = FitOptions(checkpoint_seconds=0, log_every=5)
+    return fit(explainer, stream, seed=seed, checkpoint=checkpoint, options=options, log=log)
+
+
+def digest(net: torch.nn.Module) -> str:
+    state = net.state_dict()
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_the_classifier_is_left_alone_and_not_saved(classifier, source, store, alpha):
+    before = digest(classifier.net)
+    lines: list[dict] = []
+    explainer = fitted(classifier, source, store, alpha=alpha, log=lines.append)
+    assert digest(classifier.net) == before
+    owned = {key.split(".")[0] for key in explainer.state_dict()}
+    assert owned == {
+        "decoder", "reference_encoder", "reference_decoder", "units",
+        "code_mean", "code_std", "mean_image", "mean_activation", "_planned",
+    }  # fmt: skip
+    assert all(np.isfinite(line["J"]) for line in lines)
+    assert ("class" in lines[-1]) == (alpha > 0)
+    assert lines[-1]["R"] < lines[0]["R"]
+
+
+def test_a_killed_fit_ends_with_the_same_weights(classifier, source, store):
+    class Memory(Checkpoint):
+        states: list = []
+
+        def load(self):
+            return self.states[2] if self.states else None
+
+        def save(self, tensors, values):
+            self.states.append(({k: v.clone() for k, v in tensors.items()}, dict(values)))
+
+    kept = Memory()
+    kept.load = lambda: None
+    whole = fitted(classifier, source, store, alpha=0.3, checkpoint=kept)
+    assert 0 < kept.states[2][1]["step"] < 30
+    resumed = Memory()
+    resumed.states = kept.states
+    again = fitted(classifier, source, store, alpha=0.3, checkpoint=resumed)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_alpha_follows_on_larger_images(classifier, source, store):
+    lines: list[dict] = []
+    explainer = fitted(
+        classifier, source, store, size=40, steps=10, alpha=0.5, alpha_epochs=2, log=lines.append, reference="none"
+    )
+    assert explainer.max_steps == 10 + 2 * 3
+    assert "class" not in lines[0]
+    assert "class" in lines[-1]
+
+
+def test_save_load_decode(classifier, source, store, tmp_path):
+    run = fit_run(
+        "cladec", store, LAYER, tmp_path / "run", config=ClaDecConfig(**FAST), seeds=1, source=source,
+        classifier=classifier,
+    )  # fmt: skip
+    loaded = load_explainer(run.path / "explainer.safetensors")
+    activation = torch.from_numpy(store.read(LAYER, np.arange(3))).float()
+    direct = fitted(classifier, source, store)
+    assert loaded(activation).shape == (3, 3, 16, 16)
+    torch.testing.assert_close(loaded(activation), run.explainer(activation), rtol=0, atol=0)
+    assert type(direct) is type(loaded)
+
+
+def test_scores_are_those_of_one_batch(classifier, source, store):
+    explainer = fitted(classifier, source, store)
+    layer = Layer(store, LAYER, make_tail(classifier, LAYER, source), classifier, source)
+    pictures = Pictures.of(explainer, classifier, source)
+    judged = np.arange(48, 60)
+    scores = {
+        s.metric: s for s in decoded_scores([explainer], layer, pictures, fit_images=np.arange(48), judged=judged)
+    }
+    (batch,) = layer.batches(judged)
+    image = pictures.read(judged)
+    with torch.no_grad():
+        error = (image - explainer(batch.activation)).square().flatten(1).sum(1).mean()
+        other = (image - explainer.reference(image)).square().flatten(1).sum(1).mean()
+    assert scores["rec_cladec"].value == pytest.approx(float(error), rel=1e-6)
+    assert scores["rec_refae"].value == pytest.approx(float(other), rel=1e-6)
+    assert scores["delta_rec"].value == pytest.approx(float(error - other), rel=1e-5)
+    assert scores["r2_pixel"].baselines["mean_image"] == pytest.approx(0)
+    assert scores["r2_pixel"].value == pytest.approx(
+        1 - scores["rec_cladec"].value / scores["rec_cladec"].baselines["mean_image"]
+    )
+    assert set(scores["acc_c"].baselines) == {
+        "mean_image", "class_mean", "original_resized", "shuffled_codes", "reference"
+    }  # fmt: skip
+
+
+def test_streamed_equals_whole():
+    image, decoded = torch.rand(12, 3, 8, 8), torch.rand(12, 3, 8, 8)
+    whole, parts = RecClaDec(), RecClaDec()
+    whole.update(torch.arange(12), image=image, decoded=decoded)
+    for picks in (slice(0, 5), slice(5, 12)):
+        parts.update(torch.arange(12)[picks], image=image[picks], decoded=decoded[picks])
+    assert float(whole.compute()) == pytest.approx(float(parts.compute()), rel=1e-12)
+    torch.testing.assert_close(whole.replicates(), parts.replicates())
+
+
+def test_shuffled_pairs_teach_no_more_than_the_mean_image(classifier, source, store):
+    rolled = np.roll(np.arange(60), 17)
+
+    class Shuffled:
+        """The images in another order: activations and pictures no longer belong together."""
+
+        def __getattr__(self, name):
+            return getattr(source, name)
+
+        def image(self, i):
+            return source.image(int(rolled[i]))
+
+    def trust(e: ClaDec) -> None:
+        e.check_collapse = False
+
+    explainer = fitted(classifier, Shuffled(), store, change=trust)
+    pictures = Pictures.of(explainer, classifier, source)
+    judged = np.arange(48, 60)
+    activation = torch.from_numpy(store.read(LAYER, judged)).float()
+    image = pictures.read(judged)
+    with torch.no_grad():
+        made = (image - explainer(activation)).square().sum()
+        mean = (image - explainer.mean_image).square().sum()
+    assert float(made) >= 0.95 * float(mean)
+
+
+def test_a_decoder_that_ignores_its_code_is_an_error(classifier, source, store):
+    def freeze(e: ClaDec) -> None:
+        for parameter in e.decoder.last.parameters():
+            torch.nn.init.zeros_(parameter)
+            parameter.requires_grad_(False)
+
+    with pytest.raises(UserError, match=r"has collapsed: .*R = .*--output linear"):
+        fitted(classifier, source, store, change=freeze, steps=100, reference="none")
+
+
+def test_other_images_or_another_network_are_refused(classifier, source, store, tmp_path):
+    config = ClaDecConfig(**FAST)
+    with pytest.raises(UserError, match="are not the images"):
+        fit_run("cladec", store, LAYER, tmp_path / "a", config=config, source=open_images("critters:61"))
+    with pytest.raises(UserError, match="give them again by --images"):
+        fit_run("cladec", store, LAYER, tmp_path / "b", config=config)
+
+
+def test_relevant_units_come_from_the_tail(classifier, source, store):
+    explainer = fitted(classifier, source, store, num_concepts=5, channel_rule="relevance", steps=2)
+    tail = make_tail(classifier, LAYER, source)
+    activation = torch.from_numpy(store.read(LAYER, np.arange(48))).float().requires_grad_()
+    (gradient,) = torch.autograd.grad(tail(activation).max(1).values.sum(), activation)
+    relevance = (gradient * activation).abs().sum(dim=(0, 2, 3))
+    assert sorted(explainer.units.tolist()) == sorted(relevance.topk(5).indices.tolist())
+
+
+def test_fresh_reference_is_the_architecture_with_other_weights(classifier, source, store):
+    encoder = FreshEncoder(classifier, LAYER, seed=1)
+    assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, *store.shapes[LAYER])
+    assert not any(isinstance(m, torch.nn.Dropout) for m in encoder.modules())
+    explainer = fitted(classifier, source, store, change=lambda e: e.use_reference(encoder))
+    assert explainer.reference(torch.rand(2, 3, 16, 16)).shape == (2, 3, 16, 16)
+    before = FreshEncoder(classifier, LAYER, seed=1).net.state_dict()
+    assert any(not torch.equal(v, before[k]) for k, v in encoder.net.state_dict().items())
+
+
+@pytest.mark.parametrize("layer", ["block5", "head"])
+def test_explain_and_show(classifier, tmp_path, layer):
+    layers = {"block5": "block5", "head": [n for n, m in classifier.net.named_modules() if n][-1]}
+    run = explain(
+        "cladec", classifier, layers[layer], "critters:40", out=tmp_path / "run", seeds=1, device="cpu",
+        channels="50%", **FAST,
+    )  # fmt: skip
+    names = {s.metric for s in run.scores}
+    assert {"rec_cladec", "rec_refae", "delta_rec", "r2_pixel", "acc_c", "agree_c", "class_loss"} == names
+    html = (run.path / "report.html").read_text()
+    assert "Decoded images" in html
+    assert "How to read a triple" in html
+    assert html.count("data:image/png;base64,") >= 1
+    picture, numbers = show(run, "critters:1", out=tmp_path / "shown")
+    assert picture.stat().st_size > 10_000
+    assert "reference_invalid" in numbers.read_text()
