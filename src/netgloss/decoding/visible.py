@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from netgloss.run import Run
 
 _IMAGES = 16
-_DRAWN = 4
+_DRAWN = 3
 _STRIPS = 4
 _TRAIN = 2000
 
@@ -184,12 +184,12 @@ def _note(told: Visibility) -> str:
     return "; ".join(parts)
 
 
-def _two_rows(above: Tensor, below: Tensor, *, side: int = 96) -> Image:
+def _two_rows(above: Tensor, below: Tensor, *, side: int = 80) -> Image:
     """Pictures side by side, those of ``above`` over those of ``below``."""
     from torchvision.transforms.v2.functional import to_pil_image
     from torchvision.utils import make_grid
 
-    scale = max(1, round(side / above.shape[-1]))
+    scale = max(1, side // above.shape[-1])
     both = torch.cat([above, below]).clamp(0, 1).cpu()
     both = both.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     return to_pil_image(make_grid(both, nrow=len(above), padding=2, pad_value=1.0)).convert("RGB")
