@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from netgloss.activations import capture
+from netgloss.appraisal import evaluate_run
 from netgloss.classifiers import load_classifier
 from netgloss.data import open_images
 from netgloss.decoding.judge import Pictures, decoded_scores
@@ -196,6 +197,17 @@ def test_other_images_or_another_network_are_refused(classifier, source, store, 
         fit_run("cladec", store, LAYER, tmp_path / "a", config=config, source=open_images("critters:61"))
     with pytest.raises(UserError, match="give them again by --images"):
         fit_run("cladec", store, LAYER, tmp_path / "b", config=config)
+
+
+def test_without_the_images_nothing_is_judged_and_that_is_said(classifier, source, store, tmp_path):
+    run = fit_run(
+        "cladec", store, LAYER, tmp_path / "run", config=ClaDecConfig(**FAST), seeds=1, source=source,
+        classifier=classifier,
+    )  # fmt: skip
+    evaluate_run(run, store=store, classifier=classifier)
+    assert run.scores == []
+    assert any("were not judged" in warning for warning in run.manifest["warnings"])
+    run.write_report()
 
 
 def test_relevant_units_come_from_the_tail(classifier, source, store):

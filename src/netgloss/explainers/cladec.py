@@ -220,9 +220,10 @@ class ClaDec(Explainer):
         used = ~self._is_held(batch.index)
         if self._held is None or not used.any():
             used = torch.ones_like(used)
+        index, used = batch.index[used], used.to(activation.device)
         picked = Batch(
             activation[used],
-            batch.index[used],
+            index,
             logits=None if batch.logits is None else batch.logits[used],
             labels=None if batch.labels is None else batch.labels[used],
         )
@@ -322,7 +323,7 @@ class ClaDec(Explainer):
 
     def _is_held(self, index: Tensor) -> Tensor:
         """One image in ten, by a hash of its index and the seed."""
-        mixed = (index.to(self._planned.device) * 2654435761 + self._planned[2] * 1640531527) % 2**32
+        mixed = (index * 2654435761 + int(self._planned[2]) * 1640531527) % 2**32
         mixed = (mixed ^ (mixed >> 16)) * 73244475 % 2**32
         return (mixed >> 16) % _HELD_SHARE == 0
 
@@ -362,7 +363,7 @@ class ClaDec(Explainer):
         for part in torch.arange(len(images)).split(64):
             x = images[part].to(device)
             made = self.decode(self.encode(activations[part].to(device)))
-            decoded.append(made)
+            decoded.append(made.float().cpu())
             sums["R"] += float((x - made).square().sum())
             sums["R_mean"] += float((x - self.mean_image).square().sum())
             if self.reference_encoder is not None:
