@@ -216,7 +216,8 @@ class Fashion:
         picks = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(0))[:150]
         image, mean = test.images[picks], part.images.mean(0)
         orders: dict = {}
-        for seed in range(3):
+        fitted = [seed for seed in range(3) if (self.work / f"seed{seed}.pt").exists()]
+        for seed in fitted:
             explainer, _ = self.fit(f"seed{seed}", seed=seed, reference=True)
             with torch.no_grad():
                 own = decoded_relevance(image, explainer(test.activations[picks].float()), mean)
@@ -238,7 +239,7 @@ class Fashion:
                     method = name.rstrip("0123456789 ")
                     key = f"{'insertion' if insert else 'deletion'} {fill_name}"
                     areas.setdefault(key, {}).setdefault(method, []).append(curve.areas)
-        found = {}
+        found: dict = {"seeds": len(fitted)}
         for key, by_method in areas.items():
             means = {name: torch.stack(values).mean(0) for name, values in by_method.items()}
             best = means["distance_from_mean"]
