@@ -24,6 +24,7 @@ from netgloss.evaluation import (
     make_controls,
     mean_subject,
     measure,
+    partial_subject,
     per_concept_stability,
     shuffled_subject,
 )
@@ -101,6 +102,7 @@ def evaluate_run(
 
     progress = progress or Silent()
     options = options or EvaluationOptions()
+    run.network = run.network or classifier
     store = store or Store.open(run.store)
     if store.key.address != run.manifest.get("store_address"):
         raise UserError(f"the store {store.path} is not the one that the run {run.path} was fitted on")
@@ -131,8 +133,10 @@ def evaluate_run(
     pooled = explainers[0].reads == "pooled"
     stream = ActivationStream(store, run.layer, fit_images, reads="pooled" if pooled else "rows")
     tail = make_tail(classifier, run.layer, source)
-    layer = Layer(store, run.layer, tail, classifier, source, pooled)
-    affine = tail.mode == "graph" and tail.is_affine(store.shapes[run.layer])
+    above = tuple(explainers[0].spec.upper) if explainers[0].target == "upper" else ()
+    above_tail = make_tail(classifier, above[-1], source) if above else None
+    layer = Layer(store, run.layer, tail, classifier, source, pooled, above, above_tail)
+    affine = not above and tail.mode == "graph" and tail.is_affine(store.shapes[run.layer])
     if store.info.class_names and (layer.labels < 0).all():
         warnings.append("the images' class names are not among the classifier's: accuracies are left out")
     if store.info.model.get("random_weights"):
@@ -162,7 +166,10 @@ def evaluate_run(
         for name, found in controls.items():
             for i, control in enumerate(found):
                 subjects[f"{name} {i}"] = explainer_subject(control.to(classifier.device), contributions=pooled)
-        if explainers[0].target == "activation":
+        ways = [e.partial() for e in explainers]
+        for i, way in enumerate(ways):
+            subjects |= {f"{name} {i}": partial_subject(rebuild) for name, rebuild in way.items()}
+        if explainers[0].target != "image":
             subjects["shuffled_codes"] = shuffled_subject(explainers[0], layer, judged, seed=run.seeds[0])
             subjects["mean_activation"] = mean_subject(mean)
         measured = measure(subjects, layer, judged, progress=progress, fabric=fabric)
@@ -173,6 +180,7 @@ def evaluate_run(
         baselines: dict[str, Sequence[dict[str, ImageMetric]]] = {
             name: [measured[f"{name} {i}"] for i in range(len(found))] for name, found in controls.items()
         }
+        baselines |= {name: [measured[f"{name} {i}"] for i in range(len(ways))] for name in ways[0]}
         baselines |= {name: [measured[name]] for name in ("shuffled_codes", "mean_activation") if name in measured}
         if options.untrained_images and source is not None:
             untrained = _untrained_control(run, classifier, source, options.untrained_images, progress)
@@ -316,7 +324,9 @@ def _untrained_control(
             progress.say(f"untrained-network control left out: {error}")
             return None
         tail = make_tail(control, run.layer, source)
-        layer = Layer(store, run.layer, tail, control, source.subset(picks), cls.reads == "pooled")
+        above = tuple(spec.upper) if cls.target == "upper" else ()
+        above_tail = make_tail(control, above[-1], source) if above else None
+        layer = Layer(store, run.layer, tail, control, part, cls.reads == "pooled", above, above_tail)
         subject = explainer_subject(explainer.to(control.device))
         measured = measure({"untrained": subject}, layer, judged, progress=progress)
     # a network that was never trained predicts nearly one class: scores of its logits would look perfect

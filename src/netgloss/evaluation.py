@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from netgloss.metrics import (
     ImageMetric,
     Score,
     Stability,
+    UpperError,
     concept_stability,
     dictionary_metrics,
     dictionary_score,
@@ -61,6 +62,8 @@ class Layer:
     """A layer of a classifier as the evaluation sees it: its activations on disk and the way on to the logits.
 
     With ``pooled``, an activation is the mean (B, C) over the grid, and the tail reads it spread evenly over the grid.
+    For an explainer that rebuilds layers above, ``above`` names them and ``above_tail`` is the tail of the last one; the
+    batches' tail then takes a dict of their activations too.
     """
 
     store: Store
@@ -69,6 +72,8 @@ class Layer:
     classifier: Classifier
     source: ImageSource | None = None
     pooled: bool = False
+    above: tuple[str, ...] = ()
+    above_tail: Tail | None = None
 
     def batches(
         self, images: np.ndarray, *, batch_size: int = BATCH, rank: int = 0, world: int = 1
@@ -86,7 +91,13 @@ class Layer:
             if self.pooled:
                 tail = spread_tail(tail, tuple(activation.shape[2:]))
                 activation = activation.mean(dim=(2, 3)) if activation.ndim == 4 else activation
-            yield LayerBatch(torch.from_numpy(index).long(), activation, logits, labels, tail)
+            upper = {
+                name: torch.from_numpy(self.store.read(name, index)).float().to(activation.device)
+                for name in self.above
+            }
+            if self.above_tail is not None:
+                tail = either_tail(tail, tail_for(self.above_tail, self.classifier, self.source, index), self.above[-1])
+            yield LayerBatch(torch.from_numpy(index).long(), activation, logits, labels, tail, upper)
 
     def maps(self, images: np.ndarray, *, batch_size: int = 64) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Image indices and activations before pooling, (B, C, H, W), of a pooled map layer; nothing of others."""
@@ -103,13 +114,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerBatch:
-    """What one batch of images brings: (B,) index, activation, (B, classes) logits, (B,) labels, its tail."""
+    """What one batch of images brings: (B,) index, activation, (B, classes) logits, (B,) labels, its tail, and the
+    activations of the layers above where the explainer rebuilds them."""
 
     index: Tensor
     activation: Tensor
     logits: Tensor
     labels: Tensor
-    tail: Callable[[Tensor], Tensor]
+    tail: Callable[[Any], Tensor]
+    upper: dict[str, Tensor] = field(default_factory=dict)
 
 
 def class_labels(store: Store, class_names: Sequence[str], wnids: Sequence[str] | None) -> np.ndarray:
@@ -140,6 +153,13 @@ def tail_for(
     )
 
 
+def either_tail(
+    tail: Callable[[Tensor], Tensor], above: Callable[[Tensor], Tensor], name: str
+) -> Callable[[Any], Tensor]:
+    """Logits of an activation of the layer, or of a dict with that of the layer ``name`` above it."""
+    return lambda given: above(given[name]) if isinstance(given, dict) else tail(given)
+
+
 def spread_tail(tail: Callable[[Tensor], Tensor], grid: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """The tail of a pooled activation (B, C), spread evenly over the grid (H, W) of the layer (() for vectors)."""
     return lambda pooled: tail(pooled.reshape(*pooled.shape, *(1 for _ in grid)).expand(*pooled.shape, *grid))
@@ -153,6 +173,7 @@ class Rebuilt:
     reconstruction: Tensor | None = None
     logits: Tensor | None = None
     contributions: Tensor | None = None
+    upper: dict[str, Tensor] = field(default_factory=dict)
 
 
 Rebuild = Callable[[LayerBatch], Rebuilt]
@@ -165,13 +186,27 @@ def explainer_subject(explainer: Explainer, *, contributions: bool = False) -> R
         concepts = explainer.encode(batch.activation)
         values = None
         if contributions:
-            values = explain_class(explainer, batch.tail, concepts, batch.logits, batch.logits.argmax(dim=1)).values
+            values = explain_class(
+                explainer, batch.tail, concepts, batch.logits, batch.logits.argmax(dim=1), activation=batch.activation
+            ).values
+        upper = explainer(batch.activation) if explainer.target == "upper" else {}
         return Rebuilt(
             concepts,
             explainer.decode(concepts) if explainer.target == "activation" else None,
-            explainer.rebuilt_logits(concepts, batch.logits),
+            batch.tail(upper) if upper else explainer.rebuilt_logits(concepts, batch.logits),
             values,
+            upper,
         )
+
+    return rebuild
+
+
+def partial_subject(rebuild_upper: Callable[[Tensor], dict[str, Tensor]]) -> Rebuild:
+    """One of the ways of an explainer that rebuilds layers above, alone."""
+
+    def rebuild(batch: LayerBatch) -> Rebuilt:
+        upper = rebuild_upper(batch.activation)
+        return Rebuilt(logits=batch.tail(upper), upper=upper)
 
     return rebuild
 
@@ -188,6 +223,9 @@ def shuffled_subject(explainer: Explainer, layer: Layer, images: np.ndarray, *, 
         same = pool[picks] == batch.index.numpy()
         picks = np.where(same, (picks + 1) % len(pool), picks)
         other = codes[torch.from_numpy(picks)]
+        if explainer.target == "upper":
+            upper = explainer.decoder_for(batch.activation)(other)
+            return Rebuilt(logits=batch.tail(upper), upper=upper)
         return Rebuilt(None, explainer.decode(other), explainer.rebuilt_logits(other, batch.logits))
 
     return rebuild
@@ -203,8 +241,11 @@ def mean_subject(mean: Tensor) -> Rebuild:
     return rebuild
 
 
-def _seen(rebuild: Rebuild, layer: Layer, batch: LayerBatch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-    """Image indices of a part of a batch, and all that metrics may ask of a subject there, on the CPU."""
+def _seen(
+    rebuild: Rebuild, layer: Layer, batch: LayerBatch, part: slice
+) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """Image indices of a part of a batch, and all that metrics may ask of a subject there, on the CPU: of the layer,
+    and of each layer above that it rebuilds (the network's and its own)."""
     index = batch.index[part]
     if len(index) < len(batch.index):
         batch = next(layer.batches(index.numpy(), batch_size=len(index)))
@@ -221,7 +262,8 @@ def _seen(rebuild: Rebuild, layer: Layer, batch: LayerBatch, part: slice) -> tup
         "logits_rebuilt": logits,
         "labels": batch.labels,
     }
-    return index, {key: value.cpu() for key, value in given.items() if value is not None}
+    above = {name: (batch.upper[name].cpu(), values.cpu()) for name, values in rebuilt.upper.items()}
+    return index, {key: value.cpu() for key, value in given.items() if value is not None}, above
 
 
 def measure(
@@ -251,11 +293,16 @@ def measure(
     with torch.no_grad():
         for batch in layer.batches(images, rank=rank, world=world):
             for name, rebuild in subjects.items():
-                for index, inputs in halving(len(batch.index), partial(_seen, rebuild, layer, batch)):
+                for index, inputs, above in halving(len(batch.index), partial(_seen, rebuild, layer, batch)):
                     for cls in classes:
                         if all(key in inputs for key in cls.inputs):
                             metric = found[name].setdefault(cls.name, cls(sync_on_compute=False))
                             metric.update(index, **inputs)
+                    for upper, values in above.items():
+                        error = found[name].setdefault(
+                            f"{UpperError.name}:{upper}", UpperError(upper, sync_on_compute=False)
+                        )
+                        error.update(index, upper=values[0], upper_rebuilt=values[1])
             progress.advance(min(len(batch.index) * world, len(images)))
     progress.finish()
     if fabric is not None and world > 1:

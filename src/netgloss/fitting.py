@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from netgloss.activations import Store, image_batches
-from netgloss.classifiers import Tail, imagenet_wnids, later_layers
+from netgloss.classifiers import Tail, imagenet_wnids, later_layers, section_of
 from netgloss.errors import UserError
 from netgloss.evaluation import class_labels, tail_for
 from netgloss.explainers.base import Explainer, ExplainerConfig
@@ -63,7 +63,7 @@ def open_stream(
         model = store.info.model
         labels = class_labels(store, model.get("class_names", []), imagenet_wnids(model.get("imagenet")) or [])
     around = Surroundings()
-    if {"upper", "image", "tail", "to_logits"} & set(needs):
+    if {"upper", "image", "tail", "to_logits", "section"} & set(needs):
         around = _surroundings(cls, config, store, layer, classifier(), source)
     return ActivationStream(store, layer, images, reads=cls.reads, labels=labels, around=around)
 
@@ -99,7 +99,8 @@ def _surroundings(
         way_on = make_tail(classifier, layer, source)
         tail = lambda index: tail_for(way_on, classifier, source, index)  # noqa: E731
     to_logits = logits_of_images(classifier) if "to_logits" in needs else None
-    return Surroundings(upper=upper, pixels=pixels, image=image, tail=tail, to_logits=to_logits)
+    section = (lambda: section_of(classifier, layer, upper)) if "section" in needs else None
+    return Surroundings(upper=upper, pixels=pixels, image=image, tail=tail, to_logits=to_logits, section=section)
 
 
 def make_tail(classifier: Classifier, layer: str, source: ImageSource | None) -> Tail:

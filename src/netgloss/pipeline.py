@@ -20,6 +20,7 @@ from netgloss.activations.places import place_of
 from netgloss.appraisal import EvaluationOptions, evaluate_run, pick_device, split_store
 from netgloss.classifiers import imagenet_wnids, load_from_spec
 from netgloss.errors import UserError
+from netgloss.evaluation import either_tail, tail_for
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec, find_explainer, method_name
 from netgloss.fitting import make_tail, open_stream, upper_layers
 from netgloss.gloss import GlossOptions, describe_image
@@ -127,6 +128,7 @@ def fit_run(
         },
     }
     run = first_then_others(fabric, lambda: Run.create(out, manifest), lambda: Run(out))
+    run.network = classifier
     for seed in seed_list:
         if not run.explainer_path(seed).exists():
             if cls.deterministic and seed != seed_list[0]:
@@ -319,6 +321,8 @@ def show(
     classifier = run.classifier().to(pick_device(device))
     explainer = run.explainer.to(classifier.device)
     tail = make_tail(classifier, run.layer, source)
+    above = list(explainer.spec.upper) if explainer.target == "upper" else []
+    above_tail = make_tail(classifier, above[-1], source) if above else None
     written = []
     for index, name in enumerate(source.ids):
         pixels, (reason,) = next(image_batches(classifier, source, [index], workers=0))
@@ -332,7 +336,9 @@ def show(
         if explainer.target == "image":
             figure, numbers = _show_decoded(run, explainer, activation, logits, classifier, source, index)
         else:
-            way_on = tail if tail.mode == "graph" else (lambda a, x=pixels: tail(a, images=x))
+            way_on = tail_for(tail, classifier, source, np.array([index]))
+            if above_tail is not None:
+                way_on = either_tail(way_on, tail_for(above_tail, classifier, source, np.array([index])), above[-1])
             figure, numbers = describe_image(
                 explainer, activation, logits, way_on, picture, classifier.class_names, top=top
             )

@@ -33,7 +33,7 @@ from netgloss.trust import check_code
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from netgloss.classifiers import Classifier
     from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
@@ -108,6 +108,8 @@ class Run:
         if not self.path.is_dir():
             raise UserError(f"no run folder at {self.path}")
         self.manifest: dict[str, Any] = read_json(self.path / "run.json")
+        self.network: Classifier | None = None
+        """The explained network, where it cannot be loaded again by its name; used to rebuild explainers."""
         if not isinstance(self.manifest, dict) or self.manifest.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{self.path} is not a run folder of format {FORMAT_VERSION}")
 
@@ -208,17 +210,19 @@ class Run:
             "seed": str(seed),
             "notes": json.dumps(list(getattr(explainer, "notes", []))),
         }
+        if "section" in explainer.needs(explainer.config):
+            header["model"] = json.dumps(self.manifest.get("model", {}))
         state = {name: value.contiguous() for name, value in explainer.state_dict().items()}
         write_atomically(self.explainer_path(seed), in_order(save(state, metadata=header)))
 
     @property
     def explainer(self) -> Explainer:
         """The explainer of the first seed, on the CPU in eval mode."""
-        return load_explainer(self.explainer_path(self.seeds[0]))
+        return load_explainer(self.explainer_path(self.seeds[0]), classifier=self.network)
 
     def explainers(self) -> list[Explainer]:
         """The explainers of all seeds."""
-        return [load_explainer(self.explainer_path(seed)) for seed in self.seeds]
+        return [load_explainer(self.explainer_path(seed), classifier=self.network) for seed in self.seeds]
 
     def checkpoint(self, seed: int) -> FileCheckpoint:
         """Where the fit of one seed keeps its state until it ends."""
@@ -387,8 +391,14 @@ def _check_shapes(
         raise ValueError(f"{', '.join(wrong[:3])} missing or not of the shape that its config says")
 
 
-def load_explainer(path: str | Path) -> Explainer:
-    """A fitted explainer from its safetensors file alone."""
+def load_explainer(path: str | Path, *, classifier: Classifier | None = None) -> Explainer:
+    """A fitted explainer from its safetensors file.
+
+    Parameters
+    ----------
+    classifier : for methods that hold a copy of a part of the network, the network; default: its structure is built by
+        the name that the file remembers (no checkpoint is needed: the weights are in the file).
+    """
     from netgloss.explainers.base import LayerSpec, config_from_dict, find_explainer
 
     tensors, header = _read_safetensors(Path(path))
@@ -407,6 +417,8 @@ def load_explainer(path: str | Path) -> Explainer:
         config = config_from_dict(cls, json.loads(header["config"]))
         _check_shapes(cls, config, spec, tensors)
         explainer = cls(config, spec)
+        if "section" in cls.needs(config):
+            explainer.adopt(_section(Path(path), json.loads(header.get("model", "{}")), spec, classifier))
         explainer.load_state_dict(tensors)
         notes = [str(note) for note in json.loads(header.get("notes", "[]"))]
     except _DAMAGED as error:
@@ -416,6 +428,17 @@ def load_explainer(path: str | Path) -> Explainer:
         raise UserError(f"{path} is not an explainer of netgloss: {reason}") from error
     explainer.notes = notes  # type: ignore[assignment]
     return explainer.eval()
+
+
+def _section(path: Path, model: dict[str, Any], spec: LayerSpec, classifier: Classifier | None) -> nn.Module:
+    from netgloss.classifiers import section_from_spec, section_of
+
+    if classifier is not None:
+        return section_of(classifier, spec.name, list(spec.upper)).cpu()
+    try:
+        return section_from_spec(model, spec.name, list(spec.upper))
+    except UserError as error:
+        raise UserError(f"{path} holds a copy of a part of its network, which cannot be built again: {error}") from error
 
 
 def load(path: str | Path) -> Run:

@@ -4,6 +4,7 @@ the logits."""
 from netgloss.classifiers.layers import LayerInfo, list_layers
 from netgloss.classifiers.loading import Classifier, imagenet_wnids, load_classifier, load_from_spec
 from netgloss.classifiers.preprocessing import Geometry, Preprocessing
+from netgloss.classifiers.section import cut_section, section_from_spec, section_of
 from netgloss.classifiers.tail import Tail, later_layers
 from netgloss.classifiers.taps import Taps, replaced
 
@@ -14,10 +15,13 @@ __all__ = [
     "Preprocessing",
     "Tail",
     "Taps",
+    "cut_section",
     "imagenet_wnids",
     "later_layers",
     "list_layers",
     "load_classifier",
     "load_from_spec",
     "replaced",
+    "section_from_spec",
+    "section_of",
 ]

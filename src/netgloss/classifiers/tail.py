@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -158,34 +159,53 @@ class _NoCut(Exception):
 
 
 class _Tracer(fx.Tracer):
-    """Opens only the modules that contain the layer; everything else is a leaf."""
+    """Opens only the modules that contain one of the layers; everything else is a leaf."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layers = layers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m is self.layer or not any(inner is self.layer for inner in m.modules())
+        if any(m is layer for layer in self.layers):
+            return True
+        return not any(inner is layer for inner in m.modules() for layer in self.layers)
 
 
 def _cut(net: nn.Module, layer: str, calls: int) -> fx.GraphModule:
     """The graph behind the last run of ``layer`` as a module; raises :class:`_NoCut` where there is none."""
-    module = find_layer(net, layer)
+    whole = _trace(net, [layer])
+    cut = _last_run(net, whole, layer, calls)
+    return _cut_out(net, whole, cut, layer, [node for node in whole.nodes if node.op == "output"])
+
+
+def _trace(net: nn.Module, layers: Sequence[str]) -> fx.Graph:
+    """The graph of the forward, with only the modules around ``layers`` opened."""
     defaults = {
         name: parameter.default
         for name, parameter in list(inspect.signature(net.forward).parameters.items())[1:]
         if parameter.default is not inspect.Parameter.empty
     }
     try:
-        whole = _Tracer(module).trace(net, concrete_args=defaults or None)
+        return _Tracer(*(find_layer(net, name) for name in layers)).trace(net, concrete_args=defaults or None)
     except Exception as error:
-        raise _NoCut(f"the forward around {layer!r} cannot be traced ({_first_line(error)})") from error
+        raise _NoCut(f"the forward around {layers[0]!r} cannot be traced ({_first_line(error)})") from error
+
+
+def _last_run(net: nn.Module, whole: fx.Graph, layer: str, calls: int) -> fx.Node:
+    """The node of the last of the ``calls`` runs of ``layer``."""
+    module = find_layer(net, layer)
     runs = [n for n in whole.nodes if n.op == "call_module" and net.get_submodule(str(n.target)) is module]
     if len(runs) != calls:
         raise _NoCut(f"the trace meets {layer!r} {len(runs)} times, the forward {calls} times")
-    cut = runs[-1]
+    return runs[-1]
+
+
+def _cut_out(
+    net: nn.Module, whole: fx.Graph, cut: fx.Node, layer: str, ends: Sequence[fx.Node], names: Sequence[str] = ()
+) -> fx.GraphModule:
+    """From the output of ``cut`` to ``ends``: the network's output, or a dict of nodes by ``names``."""
     sizes = _batch_sizes(whole, cut)
-    needed = _behind(whole, cut, sizes, layer)
+    needed = _behind(whole, cut, sizes, layer, ends)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {cut: graph.placeholder("activation")}
     for node in whole.nodes:
@@ -194,12 +214,16 @@ def _cut(net: nn.Module, layer: str, calls: int) -> fx.GraphModule:
                 copies[node] = graph.call_method("size", (copies[cut], 0))
             else:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
+    if names:
+        graph.output({name: copies[node] for name, node in zip(names, ends, strict=True)})
     graph.lint()
     return fx.GraphModule(net, graph)
 
 
-def _behind(graph: fx.Graph, cut: fx.Node, sizes: set[fx.Node], layer: str) -> set[fx.Node]:
-    """The nodes that the output needs when ``cut`` is given; :class:`_NoCut` if the images are among them."""
+def _behind(
+    graph: fx.Graph, cut: fx.Node, sizes: set[fx.Node], layer: str, ends: Sequence[fx.Node]
+) -> set[fx.Node]:
+    """The nodes that ``ends`` need when ``cut`` is given; :class:`_NoCut` if the images are among them."""
     before: set[fx.Node] = set()
     todo = [cut]
     while todo:
@@ -208,7 +232,7 @@ def _behind(graph: fx.Graph, cut: fx.Node, sizes: set[fx.Node], layer: str) -> s
             before.add(node)
             todo.extend(node.all_input_nodes)
     needed: set[fx.Node] = set()
-    todo = [node for node in graph.nodes if node.op == "output"]
+    todo = list(ends)
     while todo:
         node = todo.pop()
         if node in needed or node is cut:

@@ -177,7 +177,8 @@ class Explainer(nn.Module):
     reads : ``"rows"`` (the adapter below feeds single vectors), ``"pooled"`` (one vector an image: a map is averaged
         over its grid, concepts are (B, K)) or ``"maps"`` (whole activations).
     uses : fields of :class:`Batch` that ``losses`` needs besides the activation: ``"logits"``, ``"labels"``,
-        ``"upper"``, ``"image"``, ``"tail"``, ``"to_logits"``; see :meth:`needs` where options decide.
+        ``"upper"``, ``"image"``, ``"tail"``, ``"to_logits"``; see :meth:`needs` where options decide. ``"section"``
+        asks for :meth:`adopt` instead of a field.
     learned : True if the method is trained by gradient steps on ``losses``.
     deterministic : True if the seed changes nothing (PCA).
 
@@ -238,6 +239,21 @@ class Explainer(nn.Module):
     def upper_layers(cls, config: ExplainerConfig, later: Sequence[str]) -> Sequence[str]:
         """With ``"upper"`` in :meth:`needs`: which of the layers that run ``later`` (in order) are captured as well."""
         return ()
+
+    def adopt(self, section: nn.Module) -> None:
+        """With ``"section"`` in :meth:`needs`: takes an independent, trainable copy of the network's part from the
+        layer to ``spec.upper`` (activation -> dict by layer name, in eval mode). Called once, after construction and
+        before the fit, or before the saved state is loaded."""
+
+    def decoder_for(self, activation: Tensor) -> Callable[[Tensor], Any]:
+        """:meth:`decode`, with what of ``activation`` reaches the target beside the concepts held fixed (default:
+        nothing does)."""
+        return self.decode
+
+    def partial(self) -> dict[str, Callable[[Tensor], Any]]:
+        """Methods that rebuild by several ways: by name, from an activation to the target by one of them alone; they
+        are scored beside the whole."""
+        return {}
 
     @classmethod
     def image_size(cls, config: ExplainerConfig, image: tuple[int, ...]) -> tuple[int, int]:
@@ -333,7 +349,7 @@ class Explainer(nn.Module):
         return "go"
 
     def after_fit(self, rows: Rows) -> None:
-        """Learned methods that read rows: statistics of the fitted explainer (on the CPU, in eval mode) over them."""
+        """Learned methods: statistics of the fitted explainer (on the CPU, in eval mode) over the entries of the fit."""
 
     def _check_features(self, tensor: Tensor, expected: int, what: str) -> None:
         if tensor.ndim not in (2, 4) or tensor.shape[1] != expected:

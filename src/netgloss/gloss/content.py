@@ -208,7 +208,7 @@ def _explain_examples(
     affine: bool,
 ) -> dict[int, dict[str, Any]]:
     """``drove``: the concept behind each mistake, which is then among the drivers that are shown."""
-    if explainer.target != "activation" or not examples:
+    if explainer.target == "image" or not examples:
         return {}
     found: dict[int, dict[str, Any]] = {}
     for batch in layer.batches(np.array(sorted(examples))):

@@ -43,7 +43,7 @@ def explain_images(
     with torch.no_grad():
         codes = explainer.encode(batch.activation)
     classes = batch.logits.argmax(dim=1) if classes is None else classes
-    parts = explain_class(explainer, batch.tail, codes, batch.logits, classes)
+    parts = explain_class(explainer, batch.tail, codes, batch.logits, classes, activation=batch.activation)
     values_BK = parts.values.cpu()
     orders = [strongest(values_K, drivers) for values_K in values_BK]
     orders = [_with(order, k) for order, k in zip(orders, also or [None] * len(orders), strict=True)]

@@ -5,7 +5,8 @@ With z the codes of an image, a its activation, f the tail and g the decoder, co
     z' = z with z_k scaled by s            logits(k, s) = logits + f(a + g(z') - g(z)) - f(a)
 
 Only what the decoder makes of the concept leaves the activation; what the concepts do not tell stays as it was, so that
-strength 1 is the network's own answer. An explainer that rebuilds class scores itself is replayed through them.
+strength 1 is the network's own answer. An explainer that rebuilds class scores itself is replayed through them, and one
+that rebuilds layers above through those.
 
 Where tail and decoder are affine, the logits are a straight line in s and several concepts add up: one point (s = 0)
 says everything, and every position of every slider is exact. Elsewhere the points of :data:`STRENGTHS` are computed for
@@ -56,9 +57,12 @@ def replay(
             rebuilt = explainer.rebuilt_logits(scaled, logits)
             assert rebuilt is not None
             return rebuilt
-        return batch.tail(batch.activation + explainer.decode(scaled) - decoded)
+        if explainer.target == "upper":
+            return batch.tail(decode(scaled))
+        return batch.tail(batch.activation + decode(scaled) - decoded)
 
-    decoded = codes if own else explainer.decode(codes)
+    decode = explainer.decoder_for(batch.activation)
+    decoded = codes if own or explainer.target == "upper" else decode(codes)
     whole = answer(codes)
     slots = max((len(chosen) for chosen in drivers), default=0)
     found = logits[:, None, None].repeat(1, slots, len(strengths), 1)

@@ -22,7 +22,7 @@ def describe_image(
     explainer: Explainer,
     activation: Tensor,
     logits: Tensor,
-    tail: Callable[[Tensor], Tensor],
+    tail: Callable[[Any], Tensor],
     picture: np.ndarray,
     class_names: list[str],
     *,
@@ -49,7 +49,7 @@ def describe_image(
     predicted = logits.argmax(dim=1)
     told = explainer.explained_classes
     classes = predicted if told is None else torch.tensor(told, device=logits.device)[logits[:, told].argmax(dim=1)]
-    parts = explain_class(explainer, tail, codes, logits, classes)
+    parts = explain_class(explainer, tail, codes, logits, classes, activation=activation)
     values_K = parts.values[0].cpu()
     order = strongest(values_K, top)
     names = explainer.name_concepts()

@@ -124,7 +124,7 @@ class ConceptSums:
 def concept_sums(
     explainer: Explainer, layer: Layer, images: np.ndarray, *, gallery: int, progress: Progress
 ) -> ConceptSums:
-    """The pass itself; contributions only where the explainer rebuilds the activation."""
+    """The pass itself; contributions only where the concepts lead to the logits."""
     sums = ConceptSums(explainer.num_concepts, gallery)
     progress.start("gloss", len(images), unit="images")
     for batch in layer.batches(images):
@@ -132,17 +132,18 @@ def concept_sums(
             codes = explainer.encode(batch.activation)
         sums.add_codes(by_position(codes), batch.index)
         predicted = sums.add_predictions(batch)
-        if explainer.target == "activation":
+        if explainer.target != "image":
             classes = torch.where(batch.labels >= 0, batch.labels, predicted)
-            of_class = explain_class(explainer, batch.tail, codes, batch.logits, classes)
+            given = (explainer, batch.tail, codes, batch.logits)
+            of_class = explain_class(*given, classes, activation=batch.activation)
             same = bool((classes == predicted).all())
-            of_prediction = of_class if same else explain_class(explainer, batch.tail, codes, batch.logits, predicted)
+            of_prediction = of_class if same else explain_class(*given, predicted, activation=batch.activation)
             sums.add_influence(of_prediction)
             sums.labelled += int((batch.labels >= 0).sum())
             sums.mistakes += find_mistakes(batch.index, batch.logits, batch.labels, of_class, of_prediction)
             with torch.no_grad():
                 own = explainer.rebuilt_logits(codes, batch.logits)
-                rebuilt = (batch.tail(explainer.decode(codes)) if own is None else own).argmax(dim=1)
+                rebuilt = (batch.tail(explainer.decoder_for(batch.activation)(codes)) if own is None else own).argmax(dim=1)
             sums.add_classes(batch, classes, predicted, rebuilt, of_class)
         progress.advance(len(batch.index))
     progress.finish()

@@ -45,6 +45,7 @@ from netgloss.metrics.stability import (
     shuffled_stability,
     stability,
 )
+from netgloss.metrics.upper import UpperError, upper_error
 
 __all__ = [
     "KL",
@@ -63,6 +64,7 @@ __all__ = [
     "R2FeatureMean",
     "Score",
     "Stability",
+    "UpperError",
     "accuracy_change",
     "agreement",
     "collinearity",
@@ -87,4 +89,5 @@ __all__ = [
     "random_stability",
     "shuffled_stability",
     "stability",
+    "upper_error",
 ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Contributions:
 
 
 def contributions(
-    decode: Callable[[Tensor], Tensor], tail: Callable[[Tensor], Tensor], concepts: Tensor, classes: Tensor
+    decode: Callable[[Tensor], Any], tail: Callable[[Any], Tensor], concepts: Tensor, classes: Tensor
 ) -> Contributions:
     """Contribution of each concept to the logit of one class an image.
 
@@ -68,7 +69,13 @@ def contributions(
 
 
 def explain_class(
-    explainer: Explainer, tail: Callable[[Tensor], Tensor], concepts: Tensor, logits: Tensor, classes: Tensor
+    explainer: Explainer,
+    tail: Callable[[Any], Tensor],
+    concepts: Tensor,
+    logits: Tensor,
+    classes: Tensor,
+    *,
+    activation: Tensor | None = None,
 ) -> Contributions:
     """:func:`contributions` of an explainer, or its own where it rebuilds class scores itself.
 
@@ -77,10 +84,13 @@ def explain_class(
     Parameters
     ----------
     logits : (B, num_classes) of the classifier. tail, concepts, classes : as in :func:`contributions`.
+    activation : what the concepts were read from; where part of it reaches the logits beside the concepts
+        (``Explainer.decoder_for``), that part is held fixed and belongs to the base.
     """
     own = explainer.contributions(concepts, classes)
     if own is None:
-        return contributions(explainer.decode, tail, concepts, classes)
+        decode = explainer.decode if activation is None else explainer.decoder_for(activation)
+        return contributions(decode, tail, concepts, classes)
     values, base = own
     rebuilt = explainer.rebuilt_logits(concepts, logits)
     assert rebuilt is not None

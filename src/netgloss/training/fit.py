@@ -116,6 +116,8 @@ def fit(
     options = options or FitOptions()
     progress = progress or Silent()
     generator_state = torch.get_rng_state()
+    if stream.around.section is not None:
+        explainer.adopt(stream.around.section().cpu())
     try:
         if not explainer.learned:
             progress.start(f"fit seed {seed}", 1, unit="fit")
@@ -127,8 +129,7 @@ def fit(
             training = _Training(explainer, stream, seed, fabric, checkpoint, options, log)
             _train([training], stream, seed, fabric, progress)
             explainer.cpu().eval()
-            if explainer.reads != "maps":
-                explainer.after_fit(stream)
+            explainer.after_fit(stream)
     finally:
         torch.set_rng_state(generator_state)
     return _checked(explainer, stream)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from netgloss.activations import Store
 from netgloss.errors import UserError
@@ -40,6 +40,7 @@ class Surroundings:
     image : (m, S, S').
     tail : differentiable logits of the layer's whole activations, for the images with the given indices.
     to_logits : differentiable logits of images (., m, S, S') in [0, 1].
+    section : makes a fresh copy of the network's part from the layer to ``upper``.
     """
 
     upper: tuple[str, ...] = ()
@@ -47,6 +48,7 @@ class Surroundings:
     image: tuple[int, ...] = ()
     tail: Callable[[np.ndarray], Logits] | None = None
     to_logits: Logits | None = None
+    section: Callable[[], nn.Module] | None = None
 
 
 class ActivationStream:
