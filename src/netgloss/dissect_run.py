@@ -8,6 +8,7 @@ fit.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from netgloss.appraisal import split_store
 from netgloss.dissect import Dissected, MaskedLayer, dissect, significance, split_annotated
 from netgloss.errors import UserError
 from netgloss.evaluation import make_controls
+from netgloss.locate import landmarks_of, location_scores, peaks_of
 from netgloss.metrics import Score, interval
 from netgloss.metrics.dissection import DETECTOR_IOU
 from netgloss.metrics.dissection_rates import PUBLISHED_RATE
+from netgloss.metrics.location import part_interpretability
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run, save_figure, to_json, write_atomically
 from netgloss.training import ActivationStream
@@ -100,23 +103,33 @@ def dissect_run(
             num_concepts=explainers[0].num_concepts,
             seeds=run.seeds,
         )
-        rules = ["own", f"rate:{PUBLISHED_RATE:g}"]
+        published = f"rate:{PUBLISHED_RATE:g}"
+        rules = ["own", published]
         progress.start("dissect", len(explainers) + sum(map(len, controls.values())), unit="explainers")
-        found = []
+        found, at_published = [], []
         for explainer in explainers:
             by_rule = dissect(explainer, label, score, rules, replicates=200)
             found.append(next(iter(by_rule.values())))
+            at_published.append(by_rule[published])
             progress.advance()
         rate = f"rate:{np.mean([one.label_rate for one in found]):.4g}"
         beside: dict[str, list[Dissected]] = {}
+        beside_published: dict[str, list[Dissected]] = {}
         for name, others in controls.items():
             for other in others:
-                beside.setdefault(name, []).append(dissect(other.cpu(), label, score, [rate])[rate])
+                by_rule = dissect(other.cpu(), label, score, [rate, published])
+                beside.setdefault(name, []).append(by_rule[rate])
+                beside_published.setdefault(name, []).append(by_rule[published])
                 progress.advance()
         progress.finish()
         test = significance(explainers[0], found[0], data, score_images)
         scores = _scores(found, beside, len(score_images), rate)
-        kept = [s for s in run.scores if not s.metric.startswith("dissection_")]
+        scores += _part_scores(at_published, beside_published, len(score_images))
+        if len(captured.shapes[run.layer]) == 3:
+            unseen = _unseen(store, fit_images, images, source, data.images, score_images)
+            scores += _location(explainers, controls, data, images, classifier, unseen)
+        old = {score.metric for score in scores}
+        kept = [s for s in run.scores if not s.metric.startswith("dissection_") and s.metric not in old]
         run.write_scores(kept + scores)
         records = _records(found[0], test)
         _label_concepts(run, records)
@@ -162,6 +175,70 @@ def _scores(found: list[Dissected], beside: dict[str, list[Dissected]], images: 
             )
         )
     return scores
+
+
+def _part_scores(found: list[Dissected], beside: dict[str, list[Dissected]], images: int) -> list[Score]:
+    """Part interpretability: IoU with the label's masks at the published on-rate, and the share that passes 0.2."""
+    means: dict[str, Callable[[Dissected], float]] = {
+        "part_iou": lambda one: float(one.detectors.phi.mean()),
+        "part_interpretability": lambda one: part_interpretability(one.detectors.phi),
+    }
+    meaning = {
+        "part_iou": "mean over concepts of the IoU with their label's masks",
+        "part_interpretability": "share of concepts whose IoU with their label's masks passes 0.2",
+    }
+    scores = []
+    for name, mean in means.items():
+        values = torch.tensor([mean(one) for one in found], dtype=torch.float64)
+        low, high = interval(values, bounds=(0.0, 1.0))
+        scores.append(
+            Score(
+                metric=name,
+                value=float(values.mean()),
+                low=low,
+                high=high,
+                baselines={k: float(np.mean([mean(one) for one in others])) for k, others in beside.items()},
+                n=images,
+                seeds=len(found),
+                higher_is_better=True,
+                definition=f"Part interpretability: {meaning[name]}, each concept on in its strongest "
+                f"{PUBLISHED_RATE:.1%} of positions; labels come from other annotated images. Large parts are easier.",
+            )
+        )
+    return scores
+
+
+def _location(
+    explainers: list[Explainer],
+    controls: dict[str, list[Explainer]],
+    data: MaskedLayer,
+    images: ImageSource,
+    classifier: Classifier,
+    unseen: np.ndarray,
+) -> list[Score]:
+    """Location instability on the annotated images that were not fitted on; none without landmarks."""
+    names, places, size = landmarks_of(images, unseen, classifier.preprocessing)
+    if not names or len(unseen) < 2:
+        return []
+    grid = data.store.shapes[data.layer][1:]
+    found = [peaks_of(e, data.store, data.layer, unseen, size=size) for e in explainers]
+    beside = {k: [peaks_of(e.cpu(), data.store, data.layer, unseen, size=size) for e in v] for k, v in controls.items()}
+    return location_scores(found, beside, places, names, grid=(grid[0], grid[1]), size=size)
+
+
+def _unseen(
+    store: Store,
+    fit_images: np.ndarray,
+    images: ImageSource,
+    source: ImageSource | None,
+    annotated: np.ndarray,
+    score_images: np.ndarray,
+) -> np.ndarray:
+    """Annotated images that are none of the fit; the score images where the run's own are not at hand."""
+    if source is None or store.key.data_fingerprint != source.fingerprint:
+        return score_images
+    fitted = {source._digest(int(i)) for i in fit_images}
+    return np.array([i for i in annotated.tolist() if images._digest(i) not in fitted], dtype=int)
 
 
 def _records(found: Dissected, test: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -256,16 +256,21 @@ class PartExplainer(Explainer):
     def _weighted_parts(self, maps: Tensor) -> Tensor:
         """s p xi of part maps x2."""
         weight = 1.0 if self.share is None else self.share.sigmoid()
-        return weight * self._normed(self._masked(maps), 0)
+        masked = self._masked(maps)
+        return weight * self._normed(masked, masked.sum(dim=(2, 3)), 0)
 
     def _weighted_rest(self, activation: Tensor) -> Tensor:
         """s (1 - p) xo."""
         if self.share is None:
             return torch.zeros_like(activation)
-        return (1 - self.share.sigmoid()) * self._normed(self._rest(activation), 1)
+        rest = self._rest(activation)
+        return (1 - self.share.sigmoid()) * self._normed(rest, self._total(rest), 1)
 
-    def _normed(self, values: Tensor, track: int) -> Tensor:
-        return values * (self.scale / _floored(self.alpha[track]))[:, None, None]
+    def _normed(self, values: Tensor, total: Tensor, track: int) -> Tensor:
+        """s values / alpha; in training alpha is the batch's, with its gradient, as in batch normalisation: else the
+        rebuilding would shrink the part maps to nothing."""
+        alpha = total.mean(dim=0) if self.training else self.alpha[track]
+        return values * (self.scale / _floored(alpha))[:, None, None]
 
     def _upper(self, enc: Tensor) -> dict[str, Tensor]:
         if self.section is None:
@@ -423,4 +428,4 @@ def _dead_and_frozen(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _floored(mass: Tensor) -> Tensor:
     """No channel below a thousandth of the mean: what hardly fires is not blown up."""
-    return mass.clamp_min(max(_FLOOR * float(mass.mean()), 1e-12))
+    return mass.clamp_min(max(_FLOOR * float(mass.detach().mean()), 1e-12))

@@ -1,0 +1,140 @@
+"""PartExplainer beside its ablations, the original filters and the project's other explainers.
+
+    python experiments/parts_data.py --out DATA
+    python experiments/parts.py fit animals --data DATA --runs RUNS --arm main --seed 0        (one job an arm and seed)
+    python experiments/parts.py table animals --data DATA --runs RUNS
+
+``fit`` captures the store once and fits one explainer without any annotation; ``table`` judges what is there on the
+other half of the pictures and writes experiments/parts-<study>.{json,md}. All options are those of the method's
+defaults but for the number of steps; nothing was tuned on the reported half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class StudyOf:
+    """A network, a layer, images, and how long to fit."""
+
+    model: str
+    layer: str
+    steps: int
+    batch_size: int
+    upper: tuple[str, ...] = ()
+    kappa: float = 100.0
+
+
+STUDIES = {
+    "animals": StudyOf("torchvision:mobilenet_v2", "features.13", 200, 64),
+    "animals-squeezenet": StudyOf("torchvision:squeezenet1_0", "features.12", 60, 32),
+    "carparts": StudyOf("torchvision:mobilenet_v2", "features.13", 200, 64),
+    "critters": StudyOf("critters", "block4", 600, 64, ("block5", "flatten")),
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "main": {},
+    "no filter loss": {"filter_weight": 0.0},
+    "single track": {"ordinary": False},
+    "single template": {"single_template": True},
+    "masks off": {"masks": False},
+    "copied start": {"start": "copy"},
+    "random encoder": {"steps": 1, "lr": 1e-12, "decoder_lr": 0.0},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("fit", "table"))
+    parser.add_argument("study", choices=tuple(STUDIES))
+    parser.add_argument("--data", type=Path, required=True, help="folder of experiments/parts_data.py")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of stores and fits")
+    parser.add_argument("--arm", choices=tuple(ARMS), default="main")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.job == "fit":
+        fit_arm(options)
+    else:
+        from parts_table import write_table
+
+        write_table(options.study, STUDIES[options.study], ARMS, options.data, options.runs / options.study)
+
+
+def classifier_of(study: StudyOf) -> Any:
+    """The network, its input squashed from the whole crop."""
+    from netgloss.classifiers import load_classifier
+
+    if study.model == "critters":
+        return load_classifier("critters")
+    data = Path(os.environ.get("NETGLOSS_DATA", "../shared"))
+    name = study.model.split(":")[1]
+    return load_classifier(
+        study.model, checkpoint=data / "weights" / f"{name}.pth", preprocessing={"resize": (224, 224)}
+    )
+
+
+def images_of(name: str, data: Path, *, annotated: bool = False) -> Any:
+    """(images to fit on, images to report on); with annotations if asked for."""
+    from netgloss.data import open_images
+
+    if name == "critters":
+        return open_images("critters:600,seed=7"), open_images("critters:400,seed=8")
+    halves = {"carparts": ("train", "test")}.get(name, ("fit", "report"))
+    root = Path(os.environ.get("NETGLOSS_DATA", "../shared")) / "data" / "carparts"
+    folders = [(root if name == "carparts" else data / "animals") / half for half in halves]
+    marks = [folder / ("masks" if name == "carparts" else "annotations.json") for folder in folders]
+    return tuple(
+        open_images(folder / "images", **({"annotations": mark} if annotated else {}))
+        for folder, mark in zip(folders, marks, strict=True)
+    )
+
+
+def store_of(name: str, study: StudyOf, data: Path, runs: Path) -> tuple[Any, Any, Any]:
+    """Classifier, joined images and their store with the layers above."""
+    from netgloss.activations import CaptureOptions, capture
+    from netgloss.explainers.parts import PartConfig, PartExplainer
+    from netgloss.fitting import upper_layers
+    from netgloss.pipeline import open_sources, store_info
+
+    classifier = classifier_of(study)
+    source = open_sources(*images_of(name, data))
+    above = upper_layers(PartExplainer, PartConfig(upper=study.upper), classifier, study.layer)
+    what = {"options": CaptureOptions(workers=0), "info": store_info(classifier, source)}
+    store = capture(classifier, source, [study.layer, *above], runs / "store.zarr", **what)
+    return classifier, source, store
+
+
+def fit_arm(options: argparse.Namespace) -> None:
+    from netgloss.explainers.parts import PartConfig
+    from netgloss.pipeline import fit_run
+    from netgloss.training import make_fabric
+
+    study, runs = STUDIES[options.study], options.runs / options.study
+    runs.mkdir(parents=True, exist_ok=True)
+    classifier, source, store = store_of(options.study, study, options.data, runs)
+    config = {"steps": study.steps, "batch_size": study.batch_size, "upper": study.upper, "kappa": study.kappa}
+    run = fit_run(
+        "parts",
+        store,
+        study.layer,
+        runs / f"{options.arm}-{options.seed}",
+        config=PartConfig(**{**config, **ARMS[options.arm]}),
+        seeds=[options.seed],
+        fabric=make_fabric("cpu"),
+        classifier=classifier,
+        source=source,
+    )
+    print(options.study, options.arm, options.seed, run.manifest["times"], run.explainer.notes)
+
+
+if __name__ == "__main__":
+    main()

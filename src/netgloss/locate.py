@@ -1,0 +1,145 @@
+"""Landmarks of annotated images, and the location scores of explainers on them (``netgloss.metrics.location``).
+
+Shape letters: N images, K concepts, L landmarks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from netgloss.activations import Store
+from netgloss.classifiers import Preprocessing
+from netgloss.data import ImageAnnotation, ImageSource, place
+from netgloss.explainers.base import Explainer
+from netgloss.metrics import Score, interval
+from netgloss.metrics.location import TOP, Peaks, bootstrap, find_peaks, locate, trivial_peaks
+
+_DEFINITIONS = {
+    "location_instability": (
+        "instability",
+        TOP,
+        "Deviation of the distance between a concept's peak and a landmark over the 100 images with the strongest peaks, "
+        "mean over landmarks and concepts, as a share of the input's diagonal. Low values do not show parts: a peak that "
+        "never moves from the middle scores well (constant_centre).",
+    ),
+    "location_instability_all": (
+        "instability",
+        None,
+        "The same over all images that have the landmark, without the choice of the strongest.",
+    ),
+    "location_ratio": (
+        "ratio",
+        TOP,
+        "Location instability as a share of what the same peaks give when dealt to other images: 1 for a concept whose "
+        "place says nothing of the image (a constant is exactly 1), lower where peaks follow the landmarks. It cannot "
+        "show which part is followed, nor that the network uses it.",
+    ),
+    "location_ratio_best": (
+        "best_ratio",
+        TOP,
+        "The lowest ratio over landmarks of each concept, mean over concepts: below 1 by selection alone, so read it "
+        "beside random_cell.",
+    ),
+    "peak_spread": (
+        "spread",
+        None,
+        "Spread of a concept's peaks over the images, as a share of the diagonal: 0 is frozen at one place. It describes; "
+        "neither direction is better.",
+    ),
+}
+
+
+def landmarks_of(
+    source: ImageSource, images: np.ndarray, preprocessing: Preprocessing
+) -> tuple[list[str], Tensor, tuple[int, int]]:
+    """Landmarks in pixels of the network's input: names (L), places (N, L, 2) with NaN, and the input's (h, w).
+
+    A landmark is a keypoint, the centre of a box or the centroid of a mask of one piece, if the image has exactly one
+    of that label. Labels that name the image's class (the box of the whole object) are none.
+    """
+    placed = [place(a, preprocessing.geometry(*source.size(int(i)))) for i in images if (a := source.annotation(int(i)))]
+    found = [_landmarks(annotation) for annotation in placed]
+    skip = set(source.class_names)
+    names = sorted({name for points in found for name in points} - skip)
+    places = torch.full((len(found), len(names), 2), math.nan, dtype=torch.float64)
+    for n, points in enumerate(found):
+        for k, name in enumerate(names):
+            if name in points:
+                places[n, k] = torch.tensor(points[name], dtype=torch.float64)
+    size = placed[0].size if placed else (0, 0)
+    return names, places, (size[1], size[0])
+
+
+def _landmarks(annotation: ImageAnnotation) -> dict[str, tuple[float, float]]:
+    from scipy import ndimage
+
+    by_label: dict[str, list[tuple[float, float]]] = {}
+    for label, x, y in annotation.keypoints:
+        by_label.setdefault(label, []).append((x, y))
+    told = set(by_label)
+    if annotation.mask is not None:
+        for value in np.unique(annotation.mask):
+            label = annotation.mask_labels.get(int(value))
+            if label is not None and label not in told:
+                pieces, number = ndimage.label(annotation.mask == value)
+                centres = ndimage.center_of_mass(pieces > 0, pieces, range(1, number + 1))
+                by_label.setdefault(label, []).extend((float(x) + 0.5, float(y) + 0.5) for y, x in centres)
+        told = set(by_label)
+    for label, x0, y0, x1, y1 in annotation.boxes:
+        if label not in told:
+            by_label.setdefault(label, []).append(((x0 + x1) / 2, (y0 + y1) / 2))
+    return {label: points[0] for label, points in by_label.items() if len(points) == 1}
+
+
+def peaks_of(explainer: Explainer, store: Store, layer: str, images: np.ndarray, *, size: tuple[int, int]) -> Peaks:
+    """Where the explainer's concepts peak in some images of a store."""
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(images), 32):
+            activation = torch.from_numpy(store.read(layer, images[start : start + 32])).float()
+            parts.append(find_peaks(explainer.encode(activation), size=size))
+    return Peaks(torch.cat([p.places for p in parts]), torch.cat([p.strength for p in parts]))
+
+
+def location_scores(
+    found: Sequence[Peaks],
+    beside: Mapping[str, Sequence[Peaks]],
+    landmarks: Tensor,
+    names: Sequence[str],
+    *,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+) -> list[Score]:
+    """Records of a method (peaks once a seed) beside other explainers and the trivial predictors."""
+    diagonal = math.hypot(*size)
+    others = {name: list(each) for name, each in beside.items()}
+    others |= {name: [peaks] for name, peaks in trivial_peaks(landmarks, grid=grid, size=size).items()}
+    scores = []
+    means = {
+        (name, top): [locate(peaks, landmarks, diagonal=diagonal, top=top).means() for peaks in each]
+        for name, each in {"": found, **others}.items()
+        for top in (TOP, None)
+    }
+    spans = {top: [bootstrap(peaks, landmarks, diagonal=diagonal, top=top) for peaks in found] for top in (TOP, None)}
+    for metric, (key, top, definition) in _DEFINITIONS.items():
+        values = torch.tensor([one[key] for one in means["", top]], dtype=torch.float64)
+        low, high = interval(values, torch.stack([one[key] for one in spans[top]]), bounds=(0.0, math.inf))
+        scores.append(
+            Score(
+                metric=metric,
+                value=float(values.mean()),
+                low=low,
+                high=high,
+                baselines={name: float(np.mean([one[key] for one in means[name, top]])) for name in others},
+                n=len(landmarks),
+                seeds=len(found),
+                higher_is_better=None if key == "spread" else False,
+                definition=f"{definition} Landmarks: {', '.join(names)}.",
+            )
+        )
+    return scores
