@@ -1,10 +1,10 @@
 """PartExplainer beside its ablations, the original filters and the project's other explainers.
 
     python experiments/parts_data.py --out DATA
-    python experiments/parts.py fit animals --data DATA --runs RUNS --arm main --seed 0        (one job an arm and seed)
+    python experiments/parts.py fit animals --data DATA --runs RUNS --fits main:0 main:1 main:2   (arm:seed each)
     python experiments/parts.py table animals --data DATA --runs RUNS
 
-``fit`` captures the store once and fits one explainer without any annotation; ``table`` judges what is there on the
+``fit`` captures the store once and fits explainers without any annotation; ``table`` judges what is there on the
 other half of the pictures and writes experiments/parts-<study>.{json,md}. All options are those of the method's
 defaults but for the number of steps; nothing was tuned on the reported half.
 """
@@ -38,7 +38,7 @@ STUDIES = {
     "animals": StudyOf("torchvision:mobilenet_v2", "features.13", 200, 64),
     "animals-squeezenet": StudyOf("torchvision:squeezenet1_0", "features.12", 60, 32),
     "carparts": StudyOf("torchvision:mobilenet_v2", "features.13", 200, 64),
-    "critters": StudyOf("critters", "block4", 600, 64, ("block5", "flatten")),
+    "critters": StudyOf("critters", "block4", 300, 64, ("block5", "flatten")),
 }
 ARMS: dict[str, dict[str, Any]] = {
     "main": {},
@@ -57,12 +57,11 @@ def main() -> None:
     parser.add_argument("study", choices=tuple(STUDIES))
     parser.add_argument("--data", type=Path, required=True, help="folder of experiments/parts_data.py")
     parser.add_argument("--runs", type=Path, required=True, help="folder of stores and fits")
-    parser.add_argument("--arm", choices=tuple(ARMS), default="main")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fits", nargs="+", default=["main:0"], help="arm:seed each, or all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.job == "fit":
-        fit_arm(options)
+        fit_arms(options)
     else:
         from parts_table import write_table
 
@@ -113,7 +112,8 @@ def store_of(name: str, study: StudyOf, data: Path, runs: Path) -> tuple[Any, An
     return classifier, source, store
 
 
-def fit_arm(options: argparse.Namespace) -> None:
+def fit_arms(options: argparse.Namespace) -> None:
+    """Fits what is asked for and not there yet; an interrupted fit continues."""
     from netgloss.explainers.parts import PartConfig
     from netgloss.pipeline import fit_run
     from netgloss.training import make_fabric
@@ -122,18 +122,21 @@ def fit_arm(options: argparse.Namespace) -> None:
     runs.mkdir(parents=True, exist_ok=True)
     classifier, source, store = store_of(options.study, study, options.data, runs)
     config = {"steps": study.steps, "batch_size": study.batch_size, "upper": study.upper, "kappa": study.kappa}
-    run = fit_run(
-        "parts",
-        store,
-        study.layer,
-        runs / f"{options.arm}-{options.seed}",
-        config=PartConfig(**{**config, **ARMS[options.arm]}),
-        seeds=[options.seed],
-        fabric=make_fabric("cpu"),
-        classifier=classifier,
-        source=source,
-    )
-    print(options.study, options.arm, options.seed, run.manifest["times"], run.explainer.notes)
+    every = [f"{arm}:{seed}" for seed in range(3) for arm in ARMS]
+    for wish in every if options.fits == ["all"] else options.fits:
+        arm, _, seed = wish.partition(":")
+        run = fit_run(
+            "parts",
+            store,
+            study.layer,
+            runs / f"{arm}-{seed}",
+            config=PartConfig(**{**config, **ARMS[arm]}),
+            seeds=[int(seed)],
+            fabric=make_fabric("cpu"),
+            classifier=classifier,
+            source=source,
+        )
+        print(options.study, arm, seed, run.manifest["times"], run.explainer.notes, flush=True)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ class ToyRows:
         with torch.no_grad():
             self.upper = section(activation)
 
+    @classmethod
+    def of(cls, activation: Tensor, upper: dict[str, Tensor]) -> ToyRows:
+        """Rows whose upper layers are known already."""
+        rows = cls.__new__(cls)
+        rows.activation, rows.upper = activation, upper
+        return rows
+
     def examples(self, fields: object = ()) -> Iterator[Batch]:
         yield self.batch(torch.arange(len(self.activation)))
 
@@ -59,7 +66,9 @@ class ToyRows:
         return Batch(self.activation[index], index, upper={name: v[index] for name, v in self.upper.items()})
 
 
-def fit_toy(seed: int, *, steps: int = 150, images: int = 256, **options: object) -> tuple[PartExplainer, dict[str, float]]:
+def fit_toy(
+    seed: int, *, steps: int = 150, images: int = 256, **options: object
+) -> tuple[PartExplainer, dict[str, float]]:
     """A PartExplainer of the scenes, and the last numbers of its watch."""
     torch.manual_seed(100 + seed)
     section = ToySection()

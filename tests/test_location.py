@@ -94,9 +94,17 @@ def test_bootstrap_and_records() -> None:
     spans = bootstrap(following, landmarks, diagonal=DIAGONAL, replicates=10)
     assert spans["ratio"].shape == (10,)
     assert spans["instability"].std() > 0
-    scores = {s.metric: s for s in location_scores(
-        [following, following], {"natural_axes": [following]}, landmarks, ["head", "tail"], grid=(7, 7), size=(224, 224)
-    )}
+    scores = {
+        s.metric: s
+        for s in location_scores(
+            [following, following],
+            {"natural_axes": [following]},
+            landmarks,
+            ["head", "tail"],
+            grid=(7, 7),
+            size=(224, 224),
+        )
+    }
     ratio = scores["location_ratio"]
     assert set(ratio.baselines) == {"natural_axes", "constant_centre", "random_cell", "true_part"}
     assert ratio.baselines["constant_centre"] == pytest.approx(1.0)

@@ -90,7 +90,9 @@ def test_finite_over_many_scales_and_in_half_precision() -> None:
 def test_adding_a_constant_to_all_images_changes_nothing() -> None:
     """A pattern that every image shares shifts the scores of each template alike."""
     maps, pattern = drawn(6, 3, 5, 5), drawn(1, 3, 5, 5, seed=1)
-    torch.testing.assert_close(filter_loss(maps + pattern, kappa=20.0), filter_loss(maps, kappa=20.0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        filter_loss(maps + pattern, kappa=20.0), filter_loss(maps, kappa=20.0), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_single_template_gradient_keeps_the_peak_s_template_only() -> None:

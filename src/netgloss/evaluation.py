@@ -62,8 +62,8 @@ class Layer:
     """A layer of a classifier as the evaluation sees it: its activations on disk and the way on to the logits.
 
     With ``pooled``, an activation is the mean (B, C) over the grid, and the tail reads it spread evenly over the grid.
-    For an explainer that rebuilds layers above, ``above`` names them and ``above_tail`` is the tail of the last one; the
-    batches' tail then takes a dict of their activations too.
+    For an explainer that rebuilds layers above, ``above`` names them and ``above_tail`` is the tail of the last one;
+    the batches' tail then takes a dict of their activations too.
     """
 
     store: Store

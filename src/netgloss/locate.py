@@ -23,9 +23,9 @@ _DEFINITIONS = {
     "location_instability": (
         "instability",
         TOP,
-        "Deviation of the distance between a concept's peak and a landmark over the 100 images with the strongest peaks, "
-        "mean over landmarks and concepts, as a share of the input's diagonal. Low values do not show parts: a peak that "
-        "never moves from the middle scores well (constant_centre).",
+        "Deviation of the distance between a concept's peak and a landmark over the 100 images with the strongest "
+        "peaks, mean over landmarks and concepts, as a share of the input's diagonal. Low values do not show parts: a "
+        "peak that never moves from the middle scores well (constant_centre).",
     ),
     "location_instability_all": (
         "instability",
@@ -48,8 +48,8 @@ _DEFINITIONS = {
     "peak_spread": (
         "spread",
         None,
-        "Spread of a concept's peaks over the images, as a share of the diagonal: 0 is frozen at one place. It describes; "
-        "neither direction is better.",
+        "Spread of a concept's peaks over the images, as a share of the diagonal: 0 is frozen at one place. It "
+        "describes; neither direction is better.",
     ),
 }
 
@@ -62,7 +62,9 @@ def landmarks_of(
     A landmark is a keypoint, the centre of a box or the centroid of a mask of one piece, if the image has exactly one
     of that label. Labels that name the image's class (the box of the whole object) are none.
     """
-    placed = [place(a, preprocessing.geometry(*source.size(int(i)))) for i in images if (a := source.annotation(int(i)))]
+    placed = [
+        place(a, preprocessing.geometry(*source.size(int(i)))) for i in images if (a := source.annotation(int(i)))
+    ]
     found = [_landmarks(annotation) for annotation in placed]
     skip = set(source.class_names)
     names = sorted({name for points in found for name in points} - skip)

@@ -438,7 +438,9 @@ def _section(path: Path, model: dict[str, Any], spec: LayerSpec, classifier: Cla
     try:
         return section_from_spec(model, spec.name, list(spec.upper))
     except UserError as error:
-        raise UserError(f"{path} holds a copy of a part of its network, which cannot be built again: {error}") from error
+        raise UserError(
+            f"{path} holds a copy of a part of its network, which cannot be built again: {error}"
+        ) from error
 
 
 def load(path: str | Path) -> Run:

@@ -220,9 +220,7 @@ def _cut_out(
     return fx.GraphModule(net, graph)
 
 
-def _behind(
-    graph: fx.Graph, cut: fx.Node, sizes: set[fx.Node], layer: str, ends: Sequence[fx.Node]
-) -> set[fx.Node]:
+def _behind(graph: fx.Graph, cut: fx.Node, sizes: set[fx.Node], layer: str, ends: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes that ``ends`` need when ``cut`` is given; :class:`_NoCut` if the images are among them."""
     before: set[fx.Node] = set()
     todo = [cut]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from netgloss.cli.parts import Parts
 from netgloss.cli.plan import Plan
 from netgloss.cli.serve import Serve
 from netgloss.cli.terminal import Bars, bars_of, command_line, console, is_main_process, print_problems, print_scores
@@ -360,5 +361,6 @@ VERBS: dict[str, type] = {
     "report": Report,
     "serve": Serve,
     "plan": Plan,
+    "parts": Parts,
     "demo": Demo,
 }

@@ -349,7 +349,7 @@ class Explainer(nn.Module):
         return "go"
 
     def after_fit(self, rows: Rows) -> None:
-        """Learned methods: statistics of the fitted explainer (on the CPU, in eval mode) over the entries of the fit."""
+        """Learned methods: statistics of the fitted explainer (on the CPU, in eval mode) over all entries."""
 
     def _check_features(self, tensor: Tensor, expected: int, what: str) -> None:
         if tensor.ndim not in (2, 4) or tensor.shape[1] != expected:

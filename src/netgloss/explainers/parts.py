@@ -291,9 +291,7 @@ class PartExplainer(Explainer):
                 raise UserError(f"NaN or Inf among the activations of layer {self.spec.name!r}")
             squares += batch.activation.square().sum(dtype=torch.float64)
             mass += self._total(batch.activation).sum(dim=0, dtype=torch.float64)
-            energy += torch.stack(
-                [batch.upper[name].square().sum(dtype=torch.float64) for name in self.spec.upper]
-            )
+            energy += torch.stack([batch.upper[name].square().sum(dtype=torch.float64) for name in self.spec.upper])
             count, cells = count + len(batch.activation), cells + batch.activation.numel()
         if count < 2:
             raise UserError(f"the filter loss compares images with each other: {count} image to fit on is not enough")
@@ -317,9 +315,13 @@ class PartExplainer(Explainer):
     def _totals(self, activation: Tensor) -> tuple[Tensor, Tensor]:
         """Mean masses (2, C) of x1 and x2, and of the two tracks' outputs, over one batch."""
         first, second = self._maps(activation)
-        return self._batch_totals(first, second, self._masked(second), None if self.rest is None else self._rest(activation))
+        return self._batch_totals(
+            first, second, self._masked(second), None if self.rest is None else self._rest(activation)
+        )
 
-    def _batch_totals(self, first: Tensor, second: Tensor, masked: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _batch_totals(
+        self, first: Tensor, second: Tensor, masked: Tensor, rest: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         mass = torch.stack([values.sum(dim=(2, 3)).mean(dim=0) for values in (first, second)])
         own = masked.sum(dim=(2, 3)).mean(dim=0)
         return mass, torch.stack([own, torch.ones_like(own) if rest is None else self._total(rest).mean(dim=0)])
@@ -376,7 +378,10 @@ class PartExplainer(Explainer):
         for batch in rows.examples(()):
             counts += peak_counts(self.encode(batch.activation))
         dead, frozen = _dead_and_frozen(counts)
-        for told, what in ((dead, "never active"), (frozen, f"active at one place in over {_FROZEN:.0%} of their images")):
+        for told, what in (
+            (dead, "never active"),
+            (frozen, f"active at one place in over {_FROZEN:.0%} of their images"),
+        ):
             if told.any():
                 listed = ", ".join(map(str, told.nonzero().flatten().tolist()[:12]))
                 self.notes.append(f"{int(told.sum())} of {self.num_concepts} part maps are {what} (parts {listed})")

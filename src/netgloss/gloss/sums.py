@@ -143,7 +143,9 @@ def concept_sums(
             sums.mistakes += find_mistakes(batch.index, batch.logits, batch.labels, of_class, of_prediction)
             with torch.no_grad():
                 own = explainer.rebuilt_logits(codes, batch.logits)
-                rebuilt = (batch.tail(explainer.decoder_for(batch.activation)(codes)) if own is None else own).argmax(dim=1)
+                rebuilt = (batch.tail(explainer.decoder_for(batch.activation)(codes)) if own is None else own).argmax(
+                    dim=1
+                )
             sums.add_classes(batch, classes, predicted, rebuilt, of_class)
         progress.advance(len(batch.index))
     progress.finish()

@@ -1,7 +1,7 @@
 """Does a concept's peak follow a part of the object? Location instability, beside what positions alone give.
 
-Of each image, a concept tells a strength v (the maximum of its map) and a place p (the centre of that cell, in pixels of
-the network's input). For a landmark k, over the ``top`` images with the largest v among those that have k exactly once::
+Of each image, a concept tells a strength v (the maximum of its map) and a place p (the centre of that cell, in pixels
+of the network's input). For a landmark k, over the ``top`` images of largest v among those that have k exactly once::
 
     d = |p - p_k|          D_fk = standard deviation of d (N - 1)          D_f = mean_k D_fk / diagonal of the input
     ratio_f = D_f / D_f(the same places dealt to other images)
@@ -150,7 +150,9 @@ def _deviation(values: Tensor) -> Tensor:
     return torch.where(count > 1, (squares / (count - 1).clamp_min(1)).sqrt(), math.nan)
 
 
-def trivial_peaks(landmarks: Tensor, *, grid: tuple[int, int], size: tuple[int, int], seed: int = 0) -> dict[str, Peaks]:
+def trivial_peaks(
+    landmarks: Tensor, *, grid: tuple[int, int], size: tuple[int, int], seed: int = 0
+) -> dict[str, Peaks]:
     """The predictors that always stand beside a score: ``constant_centre``, ``random_cell`` (a new one an image, 64
     draws) and ``true_part`` (each landmark's own place, on the grid: one concept a landmark)."""
     generator = torch.Generator().manual_seed(seed)

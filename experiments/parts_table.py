@@ -1,0 +1,336 @@
+"""Judges the fits of experiments/parts.py on the reported half and writes the table. Nothing is chosen here."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+OTHERS: dict[str, dict[str, Any]] = {
+    "pca": {"num_concepts": 32},
+    "nmf": {"num_concepts": 32},
+    "kmeans": {"num_concepts": 32},
+    "topk-sae": {"num_concepts": 96, "top_k": 8, "steps": 500},
+    "random-directions": {"num_concepts": 96},
+}
+IOU_RATE = "rate:0.005"
+TRACKS = (("both", "both"), ("part maps alone", "interpretable"), ("ordinary alone", "ordinary"))
+
+
+class Judge:
+    """Everything that is measured on the images that were not fitted on."""
+
+    def __init__(self, name: str, study: Any, data: Path, runs: Path) -> None:
+        from parts import images_of, store_of
+
+        from netgloss.appraisal import split_store
+        from netgloss.data import Joined
+        from netgloss.dissect import MaskedLayer, split_annotated
+        from netgloss.evaluation import class_labels
+        from netgloss.fitting import make_tail
+        from netgloss.locate import landmarks_of
+
+        self.study, self.runs = study, runs
+        self.classifier, _, self.store = store_of(name, study, data, runs)
+        annotated = Joined(*images_of(name, data, annotated=True))
+        self.fit_images, held = split_store(self.store)
+        self.images = np.array([i for i in held.tolist() if annotated.annotation(i) is not None])
+        self.names, self.landmarks, self.size = landmarks_of(annotated, self.images, self.classifier.preprocessing)
+        self.grid = self.store.shapes[study.layer][1:]
+        self.labels = class_labels(self.store, self.classifier.class_names, self.classifier.wnids)
+        self.above = [name for name in self.store.layers if name != study.layer]
+        self.tail = make_tail(self.classifier, self.above[-1], None)
+        self.masked = MaskedLayer(
+            self.store, study.layer, annotated, self.classifier.preprocessing, labels=self._part_labels(annotated)
+        )
+        label, score = split_annotated(self.masked)
+        self.halves = tuple(np.intersect1d(part, self.images) for part in (label, score))
+        logits = torch.from_numpy(self.store.read_logits(self.images))
+        self.decided = logits.argmax(dim=1)
+        self.truth = torch.from_numpy(self.labels[self.images])
+        self.own_accuracy = self._accuracy(self.decided)
+
+    def _part_labels(self, source: Any) -> list[str]:
+        marks = [source.annotation(int(i)) for i in self.images]
+        seen = {label for mark in marks for label in mark.mask_labels.values()}
+        seen |= {box[0] for mark in marks for box in mark.boxes}
+        return sorted(seen - set(source.class_names))
+
+    def _accuracy(self, decided: Tensor) -> float:
+        known = self.truth >= 0
+        return float((decided == self.truth)[known].float().mean()) if known.any() else math.nan
+
+    # -- places ---------------------------------------------------------------------------------------------------
+
+    def places(self, explainer: Any) -> dict[str, Any]:
+        """Location of one explainer, with bootstrap replicates of the ratio."""
+        from netgloss.locate import peaks_of
+
+        return self.located(peaks_of(explainer, self.store, self.study.layer, self.images, size=self.size))
+
+    def located(self, peaks: Any) -> dict[str, Any]:
+        from netgloss.metrics.location import bootstrap, locate
+
+        diagonal = math.hypot(*self.size)
+        top, every = (locate(peaks, self.landmarks, diagonal=diagonal, top=t).means() for t in (100, None))
+        spans = bootstrap(peaks, self.landmarks, diagonal=diagonal)
+        return {
+            "D": top["instability"],
+            "ratio": top["ratio"],
+            "best_ratio": top["best_ratio"],
+            "spread": every["spread"],
+            "D_all": every["instability"],
+            "ratio_all": every["ratio"],
+            "ratio_replicates": spans["ratio"].tolist(),
+        }
+
+    def iou(self, explainer: Any) -> dict[str, float]:
+        """Part IoU at the published on-rate; labels from one part of the reported images, scores from the other."""
+        from netgloss.dissect import dissect
+        from netgloss.metrics.location import part_interpretability
+
+        label, score = ((self.masked, images) for images in self.halves)
+        phi = dissect(explainer, label, score, [IOU_RATE])[IOU_RATE].detectors.phi
+        return {"part_iou": float(phi.mean()), "part_interpretability": part_interpretability(phi)}
+
+    def natural(self, layer: str) -> dict[str, Any]:
+        """The network's own filters of a layer with a grid."""
+        from netgloss.metrics.location import Peaks, find_peaks
+
+        parts = []
+        for start in range(0, len(self.images), 64):
+            activation = torch.from_numpy(self.store.read(layer, self.images[start : start + 64])).float()
+            parts.append(find_peaks(activation, size=self.size))
+        return self.located(Peaks(torch.cat([p.places for p in parts]), torch.cat([p.strength for p in parts])))
+
+    # -- decisions ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decisions(self, explainer: Any) -> dict[str, Any]:
+        """Agreement, accuracy and relative errors from both tracks and from each alone; shares; dead maps; p."""
+        from netgloss.explainers.parts import peak_counts
+        from netgloss.part_gallery import way_shares
+
+        ways = TRACKS if explainer.rest is not None else TRACKS[:1]
+        decided: dict[str, list[Tensor]] = {name: [] for name, _ in ways}
+        errors = {name: torch.zeros(2, dtype=torch.float64) for name in self.above}
+        counts = torch.zeros(explainer.num_concepts, math.prod(self.grid))
+        for start in range(0, len(self.images), 32):
+            index = self.images[start : start + 32]
+            activation = torch.from_numpy(self.store.read(self.study.layer, index)).float()
+            counts += peak_counts(explainer.encode(activation))
+            for name, tracks in ways:
+                upper = explainer.rebuild(activation, tracks)
+                decided[name].append(self.tail(upper[self.above[-1]]).argmax(dim=1))
+                if tracks == "both":
+                    for layer in self.above:
+                        target = torch.from_numpy(self.store.read(layer, index)).float()
+                        gap = (upper[layer] - target).square().sum(dtype=torch.float64)
+                        errors[layer] += torch.stack([gap, target.square().sum(dtype=torch.float64)])
+        active = counts.sum(dim=1)
+        found: dict[str, Any] = {
+            "p": explainer.p,
+            "dead": int((active == 0).sum()),
+            "frozen": int(((active > 1) & (counts.amax(dim=1) > 0.95 * active)).sum()),
+            "errors": {layer: float((gap / size).sqrt()) for layer, (gap, size) in errors.items()},
+            "shares": way_shares(explainer, self.store, self.study.layer, self.images[:128]),
+        }
+        for name, parts in decided.items():
+            labels = torch.cat(parts)
+            found[name] = {
+                "agreement": float((labels == self.decided).float().mean()),
+                "accuracy_change": self._accuracy(labels) - self.own_accuracy,
+            }
+        return found
+
+    # -- other methods ----------------------------------------------------------------------------------------------
+
+    def other(self, method: str, options: dict[str, Any], seed: int) -> Any:
+        """Another explainer of the project, fitted on the same images."""
+        from netgloss.explainers.base import find_explainer
+        from netgloss.training import ActivationStream, build_explainer, fit
+
+        cls = find_explainer(method)
+        config = cls.Config(**options)
+        stream = ActivationStream(self.store, self.study.layer, self.fit_images)
+        spec = stream.spec(num_classes=0, image=())
+        return fit(build_explainer(cls, config, spec, seed=seed), stream, seed=seed)
+
+
+def write_table(name: str, study: Any, arms: dict[str, Any], data: Path, runs: Path) -> None:
+    from netgloss.metrics.location import trivial_peaks
+    from netgloss.run import Run, versions
+
+    judge = Judge(name, study, data, runs)
+    cache = runs / "judged.json"
+    rows: dict[str, list[dict[str, Any]]] = json.loads(cache.read_text()) if cache.exists() else {}
+
+    def keep(row: str, seed: int, make: Any) -> None:
+        found = rows.setdefault(row, [])
+        if all(entry["seed"] != seed for entry in found):
+            start = time.perf_counter()
+            found.append({"seed": seed, **make()})
+            cache.write_text(json.dumps(rows))
+            print(row, seed, f"{time.perf_counter() - start:.0f} s", flush=True)
+
+    for predictor, peaks in trivial_peaks(judge.landmarks, grid=judge.grid, size=judge.size).items():
+        keep(predictor, 0, lambda peaks=peaks: judge.located(peaks))
+    for arm in arms:
+        for seed in range(3):
+            folder = runs / f"{arm}-{seed}"
+            if (folder / "explainer.safetensors").exists():
+                explainer = Run(folder).explainer
+
+                def whole(explainer: Any = explainer) -> dict[str, Any]:
+                    return {**judge.places(explainer), **judge.iou(explainer), **judge.decisions(explainer)}
+
+                keep(arm, seed, whole)
+    axes = judge.other("natural-axes", {"num_concepts": judge.store.shapes[study.layer][0]}, 0)
+    keep(f"original filters of {study.layer}", 0, lambda: {**judge.places(axes), **judge.iou(axes)})
+    for layer in judge.above:
+        if len(judge.store.shapes[layer]) == 3 and min(judge.store.shapes[layer][1:]) > 1:
+            keep(f"original filters of {layer}", 0, lambda layer=layer: judge.natural(layer))
+    for method, options in OTHERS.items():
+        for seed in range(1 if method == "pca" else 3):
+            if all(entry["seed"] != seed for entry in rows.get(method, [])):
+                explainer = judge.other(method, options, seed)
+                keep(method, seed, lambda e=explainer: {**judge.places(e), **judge.iou(e)})
+    record = {
+        "study": name,
+        "model": study.model,
+        "layer": study.layer,
+        "upper": judge.above,
+        "steps": study.steps,
+        "batch_size": study.batch_size,
+        "kappa": study.kappa,
+        "fit_images": len(judge.fit_images),
+        "reported_images": len(judge.images),
+        "landmarks": {n: int(judge.landmarks[:, k, 0].isfinite().sum()) for k, n in enumerate(judge.names)},
+        "network_accuracy": judge.own_accuracy,
+        "versions": versions(),
+        "rows": rows,
+    }
+    (HERE / f"parts-{name}.json").write_text(json.dumps(compact(record), indent=1) + "\n")
+    (HERE / f"parts-{name}.md").write_text(markdown(record))
+
+
+def compact(value: Any) -> Any:
+    """Five significant digits, and replicates as their 95 % interval."""
+    if isinstance(value, dict):
+        kept = {k: compact(v) for k, v in value.items() if k != "ratio_replicates"}
+        if "ratio_replicates" in value:
+            kept["ratio_interval"] = [float(f"{q:.5g}") for q in np.quantile(value["ratio_replicates"], (0.025, 0.975))]
+        return kept
+    if isinstance(value, list):
+        return [compact(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+def ratio_of(entries: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Mean over seeds and its 95 % interval over images and seeds."""
+    from netgloss.metrics import interval
+
+    values = torch.tensor([e["ratio"] for e in entries], dtype=torch.float64)
+    return float(values.mean()), *interval(values, torch.tensor([e["ratio_replicates"] for e in entries]))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    rows = record["rows"]
+    marks = ", ".join(f"{name} {n}" for name, n in record["landmarks"].items())
+    lines = [
+        f"# Parts: {record['study']} ({record['model']} `{record['layer']}`)",
+        "",
+        f"`python experiments/parts.py table {record['study']}`; {record['steps']} steps of {record['batch_size']} "
+        f"images on {record['fit_images']} images without any annotation; all numbers are from {record['reported_images']} "
+        f"other images (landmarks: {marks}). The network's own accuracy there is {record['network_accuracy']:.3f}. "
+        f"torch {record['versions']['torch']}.",
+        "",
+        "## Places",
+        "",
+        "D: location instability (top 100, share of the diagonal). Ratio: D over that of the same peaks dealt to other "
+        "images, with a 95 % interval over images and seeds; 1 for a constant. Best: each concept's best landmark. "
+        "Spread: of the peaks. IoU: part interpretability at 0.5 % of positions, and the share above 0.2.",
+        "",
+        "| row | seeds | D | ratio | best | spread | D, all images | ratio, all | IoU | > 0.2 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entries in rows.items():
+
+        def mean(key: str, entries: list[dict[str, Any]] = entries) -> str:
+            values = [e[key] for e in entries if e.get(key) is not None]
+            return f"{np.mean(values):.3f}" if values else "-"
+
+        value, low, high = ratio_of(entries)
+        lines.append(
+            f"| {name} | {len(entries)} | {mean('D')} | {value:.3f} [{low:.3f}, {high:.3f}] | {mean('best_ratio')} | "
+            f"{mean('spread')} | {mean('D_all')} | {mean('ratio_all')} | {mean('part_iou')} | "
+            f"{mean('part_interpretability')} |"
+        )
+    lines += [
+        "",
+        "## Decisions",
+        "",
+        "From the rebuilt upper layers through the network's own tail: agreement with the network / change of "
+        "accuracy, from both tracks and from each alone. Share: what the part maps move of the last upper layer. Means.",
+        "",
+        f"| row | both | part maps alone | ordinary alone | {' | '.join('error ' + n for n in record['upper'])} | p | "
+        "share of parts | dead maps | frozen |",
+        "|---|---|---|---|" + "---|" * (len(record["upper"]) + 4),
+    ]
+    for name, entries in rows.items():
+        if "p" not in entries[0]:
+            continue
+        cells = [name]
+        for way, _ in TRACKS:
+            told = [e[way] for e in entries if way in e]
+            agreement, change = (np.mean([t[k] for t in told]) if told else 0 for k in ("agreement", "accuracy_change"))
+            cells.append(f"{agreement:.3f} / {change:+.3f}" if told else "-")
+        cells += [f"{np.mean([e['errors'][layer] for e in entries]):.3f}" for layer in record["upper"]]
+        share = [e["shares"]["part_maps_alone"] for e in entries if e["shares"]]
+        cells += [f"{np.mean([e['p'] for e in entries]):.2f}", f"{np.mean(share):.2f}" if share else "-"]
+        cells += [", ".join(str(e[k]) for e in entries) for k in ("dead", "frozen")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "## Hypotheses", "", *hypotheses(record)]) + "\n"
+
+
+def hypotheses(record: dict[str, Any]) -> list[str]:
+    """The specification's statements against the numbers: holds, does not, or cannot tell."""
+    rows = record["rows"]
+    if "main" not in rows:
+        return ["No fit of the main arm."]
+    main = rows["main"]
+    few = "" if len(main) > 2 else f" ({len(main)} seed(s) only)"
+    value, low, high = ratio_of(main)
+    original = ratio_of(rows[f"original filters of {record['layer']}"])
+    change = float(np.mean([e["both"]["accuracy_change"] for e in main]))
+    dead = sum(e["dead"] for e in main)
+    cost = f"accuracy changes by {change:+.3f}"
+
+    def told(below: bool, above: bool) -> str:
+        return "holds" if below else "does not hold" if above else "cannot tell"
+
+    first = told(high < original[1], low > original[2])
+    lines = [
+        f"1. The ratio of the part maps is below that of the original filters: **{first}**{few}: {value:.3f} "
+        f"[{low:.3f}, {high:.3f}] against {original[0]:.3f} [{original[1]:.3f}, {original[2]:.3f}]; {cost}.",
+        f"2. Accuracy falls by at most 2 points: **{'holds' if change >= -0.02 else 'does not hold'}**{few}: {cost}.",
+        f"3. The exact loss leaves no dead map: **{'holds' if dead == 0 else 'does not hold'}**{few}: {dead} dead.",
+    ]
+    if "no filter loss" in rows:
+        plain = ratio_of(rows["no filter loss"])
+        no_gain = told(plain[1] > original[2] or plain[1] <= original[0] <= plain[2], plain[2] < original[1])
+        lines.append(
+            f"4. Without the filter loss there is no gain: **{no_gain}** ({len(rows['no filter loss'])} seed(s)): "
+            f"{plain[0]:.3f} [{plain[1]:.3f}, {plain[2]:.3f}] against {original[0]:.3f} for the original filters and "
+            f"{value:.3f} with the loss."
+        )
+    return lines

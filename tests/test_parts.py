@@ -1,0 +1,342 @@
+"""PartExplainer: planted parts, the section it is built on, the round trip to disk, and whole runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from netgloss.activations import Store
+from netgloss.classifiers import Classifier, Taps, cut_section, later_layers, load_classifier
+from netgloss.dissect_run import dissect_run
+from netgloss.errors import UserError
+from netgloss.explainers.base import LayerSpec
+from netgloss.explainers.parts import PartConfig, PartExplainer, choose_upper, peak_counts, watch
+from netgloss.part_gallery import strongest_images, way_shares, write_galleries
+from netgloss.pipeline import explain, open_sources, show
+from netgloss.run import Run, load_explainer
+from part_scenes import CHANNELS, SIDE, UPPER, ToyRows, ToySection, fit_toy, locked_share, scenes
+
+SPEC = LayerSpec("toy", (CHANNELS, SIDE, SIDE), True, 0, UPPER)
+
+
+# -- planted parts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_filters_lock_onto_planted_parts_and_none_dies(seed: int) -> None:
+    explainer, numbers = fit_toy(seed, steps=120)
+    assert locked_share(explainer).mean() >= 0.95
+    assert numbers["dead_share"] == 0
+    with torch.no_grad():
+        assert (explainer.encode(scenes(200, seed=50)[0]).flatten(2).amax(dim=(0, 2)) > 0).all()
+
+
+def test_without_the_filter_loss_filters_lock_less() -> None:
+    assert locked_share(fit_toy(0, steps=120, filter_weight=0.0)[0]).mean() < 0.95
+
+
+def test_the_tracks_add_up_and_the_copied_start_is_the_identity() -> None:
+    """With p = 1/2 and nothing learned, the ordinary track gives half of the activation back."""
+    explainer = start()
+    activation = scenes(64, seed=3)[0]
+    with torch.no_grad():
+        both, parts, rest = (explainer.rebuild(activation, t) for t in ("both", "interpretable", "ordinary"))
+        assert explainer.section is not None
+        half = explainer.section(0.5 * activation)
+        for name in UPPER:
+            torch.testing.assert_close(rest[name], half[name], atol=2e-2, rtol=2e-2)
+            torch.testing.assert_close(explainer.decode(explainer.encode(activation))[name], parts[name])
+            torch.testing.assert_close(
+                explainer.decoder_for(activation)(explainer.encode(activation))[name], both[name]
+            )
+            torch.testing.assert_close(explainer(activation)[name], both[name])
+    assert explainer.p == 0.5
+    assert set(explainer.partial()) == {"part_maps_alone", "ordinary_track_alone"}
+    with pytest.raises(UserError, match="tracks must be"):
+        explainer.rebuild(activation, "all")  # type: ignore[arg-type]
+
+
+def start(**options: object) -> PartExplainer:
+    torch.manual_seed(0)
+    explainer = PartExplainer(PartConfig(**options), SPEC)  # type: ignore[arg-type]
+    section = ToySection()
+    explainer.adopt(section)
+    explainer.fit_rows(ToyRows(scenes(64, seed=3)[0], section), seed=0)  # type: ignore[arg-type]
+    return explainer.eval()
+
+
+def test_a_signed_layer_keeps_its_sign_in_the_ordinary_track() -> None:
+    spec = LayerSpec("toy", (CHANNELS, SIDE, SIDE), False, 0, UPPER)
+    explainer = PartExplainer(PartConfig(), spec)
+    section = ToySection()
+    explainer.adopt(section)
+    activation = scenes(64)[0] - 0.5
+    explainer.fit_rows(ToyRows(activation, section), seed=0)  # type: ignore[arg-type]
+    with torch.no_grad():
+        torch.testing.assert_close(explainer._weighted_rest(activation), 0.5 * activation, atol=1e-3, rtol=1e-2)
+    explainer.train()
+    terms = explainer.losses(ToyRows(activation, section).batch(torch.arange(8)))
+    assert set(terms) == {"rebuild maps", "rebuild pooled", "filter", "eta"}
+
+
+def test_options_change_what_is_optimised() -> None:
+    batch = ToyRows(scenes(64, seed=3)[0], ToySection()).batch(torch.arange(64))
+    plain = start(filter_weight=0.0, eta=0.0).losses(batch)
+    assert set(plain) == {"rebuild maps", "rebuild pooled"}
+    single = start(ordinary=False)
+    assert single.p == 1.0
+    assert single.partial() == {}
+    assert "eta" not in single.losses(batch)
+    frozen = start(decoder_lr=0.0)
+    assert len(frozen.optimizer().param_groups) == 2
+    assert not any(p.requires_grad for p in frozen.section.parameters())  # type: ignore[union-attr]
+    copied = start(start="copy")
+    with torch.no_grad():
+        given = batch.activation / copied.unit
+        torch.testing.assert_close(copied._maps(batch.activation)[0], given)
+
+
+def test_watch_counts_dead_and_frozen_maps() -> None:
+    maps = torch.zeros(40, 3, 4, 4)
+    maps[:, 1, 2, 2] = 1.0
+    maps[torch.arange(40), 2, torch.arange(40) % 4, 0] = 1.0
+    counts = peak_counts(maps)
+    assert counts[0].sum() == 0
+    assert counts[1, 10] == 40
+    assert counts[2, ::4].tolist() == [10] * 4
+    assert {k: round(float(v), 4) for k, v in watch(maps).items()} == {"dead_share": 0.3333, "frozen_share": 0.3333}
+    explainer = start()
+    with torch.no_grad():
+        explainer.parts[1].bias[:2] = -1e6  # type: ignore[index]
+    explainer.after_fit(ToyRows(scenes(64, seed=3)[0], ToySection()))  # type: ignore[arg-type]
+    assert any(note.startswith("2 of 12 part maps are never active (parts 0, 1)") for note in explainer.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_concepts": 5}, "num_concepts = 5, but layer 'toy' has 12"),
+        ({"kappa": 0.0}, "kappa must be positive, got 0.0"),
+        ({"eta": -1.0}, "eta must not be negative, got -1.0"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"start": "zero"}, "start must be random or copy, got 'zero'"),
+    ],
+)
+def test_impossible_options_are_told(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PartExplainer(PartConfig(**options), SPEC)  # type: ignore[arg-type]
+
+
+def test_layers_and_data_that_cannot_be_explained() -> None:
+    with pytest.raises(UserError, match="gives vectors"):
+        PartExplainer(PartConfig(), LayerSpec("fc", (8,), True, 0, {"out": (4,)}))
+    explainer = PartExplainer(PartConfig(), SPEC)
+    with pytest.raises(UserError, match="call adopt"):
+        explainer(scenes(2)[0])
+    zero = ToyRows(torch.zeros(4, CHANNELS, SIDE, SIDE), ToySection())
+    with pytest.raises(UserError, match="is zero on all 4 images"):
+        explainer.fit_rows(zero, seed=0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="1 image to fit on is not enough"):
+        explainer.fit_rows(ToyRows(scenes(1)[0], ToySection()), seed=0)  # type: ignore[arg-type]
+
+
+# -- the section and its layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "expected"),
+    [
+        ("torchvision:mobilenet_v2", "features.13", ("features.18", "classifier.0")),
+        ("torchvision:squeezenet1_0", "features.12", ("classifier.2",)),
+        ("torchvision:alexnet", "features.11", ("classifier.2", "classifier.5")),
+        ("timm:resnet18", "layer3", ("layer4.1", "global_pool.flatten")),
+    ],
+)
+def test_upper_layers_and_their_section(name: str, layer: str, expected: tuple[str, ...]) -> None:
+    classifier = load_classifier(name, random_weights=True, input_size=64)
+    later = later_layers(classifier, layer, input_shape=classifier.input_shape)
+    assert choose_upper(later) == expected
+    images = torch.randn(2, 3, 64, 64)
+    section = cut_section(classifier, layer, expected, input_shape=classifier.input_shape)
+    with torch.no_grad(), Taps(classifier.net, [layer, *expected], stop=False) as taps:
+        seen = taps(images)
+        found = section(seen[layer].clone())
+    for above in expected:
+        torch.testing.assert_close(found[above], seen[above], atol=1e-4, rtol=1e-3)
+    own = {p.data_ptr() for p in classifier.net.parameters()}
+    assert not own & {p.data_ptr() for p in section.parameters()}
+    assert all(p.requires_grad for p in section.parameters())
+
+
+def test_vgg16_learns_towards_fc6_and_fc7() -> None:
+    classifier = load_classifier("torchvision:vgg16", random_weights=True, input_size=112)
+    later = later_layers(classifier, "features.29", input_shape=classifier.input_shape)
+    above = choose_upper(later)
+    assert above == ("classifier.2", "classifier.5")
+    section = cut_section(classifier, "features.29", above, input_shape=classifier.input_shape)
+    with torch.no_grad(), Taps(classifier.net, ["features.29", *above], stop=False) as taps:
+        seen = taps(torch.randn(4, 3, 112, 112))
+    rows = ToyRows.of(seen["features.29"], {name: seen[name] for name in above})
+    spec = LayerSpec("features.29", (512, 7, 7), True, 1000, dict.fromkeys(above, (4096,)))
+    explainer = PartExplainer(PartConfig(decoder_lr=0.0, batch_size=4, lr=1e-3), spec)
+    explainer.adopt(section)
+    explainer.fit_rows(rows, seed=0)  # type: ignore[arg-type]
+    optimizer = explainer.optimizer()
+    explainer.train()
+    totals = []
+    for _ in range(3):
+        loss = torch.stack(list(explainer.losses(rows.batch(torch.arange(4))).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.append(float(loss.detach()))
+    assert totals[-1] < totals[0]
+    assert {name: tuple(v.shape) for name, v in explainer(seen["features.29"]).items()} == dict.fromkeys(
+        above, (4, 4096)
+    )
+
+
+def test_no_section_around_a_shortcut() -> None:
+    classifier = load_classifier("timm:resnet18", random_weights=True, input_size=64)
+    with pytest.raises(UserError, match=r"by no section of its own: .* goes around"):
+        cut_section(classifier, "layer4.0.conv1", ["global_pool.flatten"], input_shape=classifier.input_shape)
+
+
+class InPlace(nn.Module):
+    """An upper layer that the next one overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images).mean(dim=(2, 3))
+
+
+def test_a_layer_in_front_of_an_inplace_relu_stays_as_it_was() -> None:
+    net = InPlace().eval()
+    section = cut_section(net, "body.0", ["body.1", "body.2"], input_shape=(3, 8, 8))
+    found = section(torch.randn(5, 4, 6, 6))
+    assert (found["body.1"] < 0).any()
+    assert net.body[2].inplace
+
+
+def test_upper_layers_by_hand_and_networks_without_any() -> None:
+    with pytest.raises(UserError, match=r"'clasifier.0' does not run after .*; choose classifier.0"):
+        PartExplainer.upper_layers(PartConfig(upper=("clasifier.0",)), ["features.18", "classifier.0"])
+    with pytest.raises(UserError, match="no layer between"):
+        choose_upper(["head"])
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return explain(
+        "parts",
+        "critters",
+        "block4",
+        "critters:48",
+        out=tmp_path_factory.mktemp("parts") / "run",
+        steps=20,
+        batch_size=16,
+        seeds=2,
+        device="cpu",
+        upper=("block5", "flatten"),
+    )
+
+
+def test_a_run_has_scores_of_both_tracks_a_report_and_the_watch(run: Run) -> None:
+    scores = {s.metric: s for s in run.scores}
+    assert {"agreement", "accuracy_change", "upper_error:block5", "upper_error:flatten", "hoyer", "l0"} <= set(scores)
+    assert "r2" not in scores  # the activation itself is not rebuilt
+    beside = scores["agreement"].baselines
+    assert {"part_maps_alone", "ordinary_track_alone", "shuffled_codes", "natural_axes"} <= set(beside)
+    assert "untrained_network" in scores["upper_error:flatten"].baselines
+    last = json.loads((run.path / "history.jsonl").read_text().splitlines()[-1])
+    assert {"dead_share", "frozen_share", "p", "filter", "rebuild block5"} <= set(last)
+    assert any("p = " in text for text in run.manifest["warnings"])
+    content = run.concepts
+    assert any(concept["gallery"] for concept in content["concepts"])
+    assert any(image["explained"] for image in content["images"])
+    assert (run.path / "report.html").stat().st_size > 10_000
+
+
+def test_contributions_add_up_to_the_rebuilt_logit(run: Run, tmp_path: Path) -> None:
+    _, numbers = show(run, "critters:1,seed=3", out=tmp_path, device="cpu")
+    told = json.loads(numbers.read_text())
+    total = told["base"] + sum(told["contributions"].values()) + told["gap"]
+    assert total == pytest.approx(told["logit"], abs=1e-3)
+    assert len(told["contributions"]) == 96
+
+
+def test_a_saved_explainer_is_the_same_without_the_network_s_weights(run: Run, tmp_path: Path) -> None:
+    store = Store.open(run.manifest["store"])
+    activation = torch.from_numpy(store.read("block4", [0, 1])).float()
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(run.explainer_path(0).read_bytes())
+    with torch.no_grad():
+        first, again = run.explainer(activation), load_explainer(alone)(activation)
+    for name, value in first.items():
+        torch.testing.assert_close(again[name], value, atol=0, rtol=0)
+
+
+def test_a_network_that_was_given_as_a_module_must_be_given_again(critters: Classifier, tmp_path: Path) -> None:
+    size = {"size": (64, 64), "resize": (64, 64), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    own = load_classifier(critters.net, preprocessing=size)
+    run = explain(
+        "parts", own, "block4", "critters:20", out=tmp_path / "run", steps=2, batch_size=8, seeds=1, device="cpu",
+        upper=("flatten",),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"cannot be built again: .* pass it again"):
+        _ = Run(run.path).explainer
+    loaded = load_explainer(run.explainer_path(0), classifier=own)
+    assert isinstance(loaded, PartExplainer)
+
+
+@pytest.fixture(scope="module")
+def critters() -> Classifier:
+    return load_classifier("critters")
+
+
+def test_annotations_give_location_and_part_scores(run: Run, critters: Classifier) -> None:
+    store = Store.open(run.manifest["store"])
+    source = open_sources("critters:48")
+    dissect_run(run, "critters:30,seed=5", store=store, source=source, classifier=critters)
+    scores = {s.metric: s for s in run.scores}
+    ratio = scores["location_ratio"]
+    assert {"natural_axes", "random_directions", "constant_centre", "random_cell", "true_part"} == set(ratio.baselines)
+    assert ratio.baselines["constant_centre"] == pytest.approx(1.0)
+    assert ratio.baselines["true_part"] < 0.7
+    assert ratio.n == 30
+    assert 0 <= scores["part_interpretability"].value <= 1
+    again = dissect_run(run, "critters:30,seed=5", store=store, source=source, classifier=critters)
+    assert len(run.scores) == len(scores)
+    assert len(again) < len(scores)
+
+
+def test_galleries_and_shares(run: Run, tmp_path: Path) -> None:
+    source = open_sources("critters:48")
+    picture, record = write_galleries(run, source, tmp_path, filters=3, columns=4)
+    numbers = json.loads(record.read_text())
+    assert picture.stat().st_size > 5_000
+    assert len(numbers["filters"]) == 3
+    assert all(1 <= len(entry["images"]) <= 4 for entry in numbers["filters"])
+    assert sum(numbers["shares"].values()) == pytest.approx(1.0)
+    with pytest.raises(UserError, match="are not the images of the run"):
+        write_galleries(run, open_sources("critters:49"), tmp_path)
+    store = Store.open(run.manifest["store"])
+    explainer = start(ordinary=False)
+    assert way_shares(explainer, store, "block4", store.valid) == {}
+
+
+def test_strongest_images_pass_the_level_of_rare_activations() -> None:
+    maps = torch.zeros(1000, 2, 2)
+    maps[3, 0, 0], maps[7, 1, 1], maps[9, 0, 1] = 2.0, 5.0, 3.0
+    assert strongest_images(maps, 2).tolist() == [7, 9]
+    assert strongest_images(torch.zeros(10, 2, 2), 5).tolist() == []
