@@ -250,8 +250,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"# Parts: {record['study']} ({record['model']} `{record['layer']}`)",
         "",
         f"`python experiments/parts.py table {record['study']}`; {record['steps']} steps of {record['batch_size']} "
-        f"images on {record['fit_images']} images without any annotation; all numbers are from {record['reported_images']} "
-        f"other images (landmarks: {marks}). The network's own accuracy there is {record['network_accuracy']:.3f}. "
+        f"images on {record['fit_images']} images without any annotation; all numbers are from "
+        f"{record['reported_images']} other images (landmarks: {marks}). The network's own accuracy there is {record['network_accuracy']:.3f}. "
         f"torch {record['versions']['torch']}.",
         "",
         "## Places",
@@ -280,7 +280,7 @@ def markdown(record: dict[str, Any]) -> str:
         "## Decisions",
         "",
         "From the rebuilt upper layers through the network's own tail: agreement with the network / change of "
-        "accuracy, from both tracks and from each alone. Share: what the part maps move of the last upper layer. Means.",
+        "accuracy, from both tracks and from each alone. Share: what the part maps move of the last upper layer.",
         "",
         f"| row | both | part maps alone | ordinary alone | {' | '.join('error ' + n for n in record['upper'])} | p | "
         "share of parts | dead maps | frozen |",
