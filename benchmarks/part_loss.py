@@ -133,7 +133,7 @@ def markdown(record: dict[str, Any]) -> str:
         "# Filter loss against its matrix products",
         "",
         f"`python benchmarks/part_loss.py`: B = {B}, C = {C}, n = {N}, forward and backward, float32, CPU, "
-        f"{record['threads']} thread(s), {REPEATS} rounds of all cases in turn on a machine that other work shared; torch "
+        f"{record['threads']} thread(s), {REPEATS} rounds of all cases in turn on a shared machine; torch "
         f"{record['versions']['torch']}. Memory: peak of one call above what the maps take "
         f"({B * C * N * N * 4 / 2**20:.0f} MB); the gradient alone is as large as the maps.",
         "",

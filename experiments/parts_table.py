@@ -251,8 +251,8 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"`python experiments/parts.py table {record['study']}`; {record['steps']} steps of {record['batch_size']} "
         f"images on {record['fit_images']} images without any annotation; all numbers are from "
-        f"{record['reported_images']} other images (landmarks: {marks}). The network's own accuracy there is {record['network_accuracy']:.3f}. "
-        f"torch {record['versions']['torch']}.",
+        f"{record['reported_images']} other images (landmarks: {marks}). The network's own accuracy there is "
+        f"{record['network_accuracy']:.3f}. torch {record['versions']['torch']}.",
         "",
         "## Places",
         "",
