@@ -36,7 +36,7 @@ class _Decayed(torch.autograd.Function):
         return torch.baddbmm(bias, values, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         values, weight, bias = ctx.saved_tensors
         (grad,) = grads
         back = torch.bmm(grad, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None

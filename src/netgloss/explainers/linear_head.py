@@ -13,8 +13,8 @@ For pooled activations z (D,) and the score y of a class::
 
 Chosen for each class, n of the layer's own features:
 
-- ``neurons``: the largest \\|slope of y on z_k alone\\| times mean z_k over the class's images. The slope stands for the
-  gradient, so that no network is needed.
+- ``neurons``: the largest size of the slope of y on z_k alone, times the mean z_k of the class's images. The slope
+  stands for the gradient, so that no network is needed.
 - ``omp``: orthogonal matching pursuit (scikit-learn) of y on the standardised z.
 - ``lasso``: the first n that are active on the path of the lasso (scikit-learn's ``lars_path``); the head is fitted
   anew without shrinkage.

@@ -37,7 +37,7 @@ import bisect
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from netgloss.explainers._class_scores import ClassScores, decisions
 from netgloss.explainers._srae_config import SRAEConfig, class_name
@@ -127,6 +127,16 @@ class SRAE(ClassScores):
         """(B, D) -> x-features (B, K)."""
         x_GBN = self.nets.encode(self._scaled(rows))
         return x_GBN.permute(1, 0, 2).flatten(1)
+
+    def encoder_chain(self, concept: int) -> tuple[nn.Sequential, int]:
+        """The encoder (B, D) -> (B, N) of the module that ``concept`` belongs to, a copy, and its place there."""
+        g, unit = divmod(concept, self.config.num_concepts)
+        layers: list[nn.Module] = []
+        for i, wide in enumerate(cast(list[Linears], list(self.nets.encoder))):
+            layer = nn.Linear(wide.weight.shape[1], wide.weight.shape[2], device=self.scale.device)
+            layer.load_state_dict({"weight": wide.weight[g].T / (1 if i else self.scale), "bias": wide.bias[g, 0]})
+            layers += [layer, nn.ReLU()]
+        return nn.Sequential(*layers), unit
 
     def decode_modules(self, concepts: Tensor) -> Tensor:
         """Concepts (B, K) -> the reconstruction of each module, (G, B, D)."""
