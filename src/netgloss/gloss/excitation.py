@@ -2,8 +2,8 @@
 
 Excitation backpropagation (Zhang et al., "Top-down Neural Attention by Excitation Backprop", IJCV 2018) sends the
 probability of an x-feature down its encoder by ``P_in = a (W+^T (P_out / (W+ a)))``: captum's LRP with the
-alpha-1-beta-0 rule and no biases. From the mean it goes to the cells in proportion to their activation. It needs a layer
-that is never negative, and stops at the layer's own grid; the papers' code goes further down.
+alpha-1-beta-0 rule and no biases. From the mean it goes to the cells in proportion to their activation. It needs a
+layer that is never negative, and stops at the layer's own grid; the papers' code goes further down.
 
 Shape letters: B images, C features, H W grid.
 """
