@@ -62,23 +62,23 @@ def step_seconds(num_classes: int, *, joint: bool = False, features: int, batch:
 
 
 def product_seconds(num_classes: int, *, features: int, batch: int, steps: int, device: str) -> float:
-    """Median seconds of the matrix products of a step: forward, gradients of weights, and of all inputs but the first."""
+    """Median seconds of a step's matrix products: forward, gradients of weights and of all inputs but the first."""
     widths = (features, *hidden_widths(features), 5)
     pairs = [*itertools.pairwise(widths), *itertools.pairwise(widths[::-1])]
     given = [torch.rand(num_classes, batch, a, device=device) for a, _ in pairs]
     out = [torch.rand(num_classes, batch, b, device=device) for _, b in pairs]
     weight = [torch.rand(num_classes, a, b, device=device) for a, b in pairs]
-    room = [torch.empty_like(w) for w in weight]
+    room = [[torch.empty_like(v) for v in values] for values in (given, out, weight)]
     found = []
     for step in range(steps + 5):
         if device != "cpu":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        for i, (x, y, w, r) in enumerate(zip(given, out, weight, room, strict=True)):
-            torch.bmm(x, w, out=y)
-            torch.bmm(x.transpose(1, 2), y, out=r)
+        for i, (x, y, w, *into) in enumerate(zip(given, out, weight, *room, strict=True)):
+            torch.bmm(x, w, out=into[1])
+            torch.bmm(x.transpose(1, 2), y, out=into[2])
             if i:
-                torch.bmm(y, w.transpose(1, 2), out=x)
+                torch.bmm(y, w.transpose(1, 2), out=into[0])
         if device != "cpu":
             torch.cuda.synchronize()
         if step >= 5:
@@ -101,11 +101,11 @@ def main() -> None:
         "# Many per-class modules in one batched model",
         "",
         f"`python benchmarks/srae_batched.py`; {name}; torch {versions()['torch']}; median of {options.steps} "
-        "optimiser steps of joint training, n = 5. 'products' are the step's matrix products alone. The aim is ten modules "
-        f"below 3 times the time of one. {'Freed memory kept.' if 'MALLOC_TRIM_THRESHOLD_' in os.environ else ''}",
+        "optimiser steps of joint training, n = 5. 'products' are the step's matrix products alone. The aim is ten "
+        f"modules below 3 times the time of one. {'Freed memory kept.' if 'MALLOC_TRIM_THRESHOLD_' in os.environ else ''}",
         "",
-        "| features | batch | 1 module, ms | products | 10 modules, ms | products | joint module of 10 classes, ms | 10 / 1 "
-        "| products 10 / 1 | joint / 1 |",
+        "| features | batch | 1 module, ms | products | 10 modules, ms | products | joint module of 10 classes, ms "
+        "| 10 / 1 | products 10 / 1 | joint / 1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for features in options.features:
