@@ -97,12 +97,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} thread(s)"
+    kept = " Freed memory kept." if "MALLOC_TRIM_THRESHOLD_" in os.environ else ""
     lines = [
         "# Many per-class modules in one batched model",
         "",
         f"`python benchmarks/srae_batched.py`; {name}; torch {versions()['torch']}; median of {options.steps} "
         "optimiser steps of joint training, n = 5. 'products' are the step's matrix products alone. The aim is ten "
-        f"modules below 3 times the time of one. {'Freed memory kept.' if 'MALLOC_TRIM_THRESHOLD_' in os.environ else ''}",
+        f"modules below 3 times the time of one.{kept}",
         "",
         "| features | batch | 1 module, ms | products | 10 modules, ms | products | joint module of 10 classes, ms "
         "| 10 / 1 | products 10 / 1 | joint / 1 |",
