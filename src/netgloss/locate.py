@@ -86,11 +86,11 @@ def _landmarks(annotation: ImageAnnotation) -> dict[str, tuple[float, float]]:
     told = set(by_label)
     if annotation.mask is not None:
         for value in np.unique(annotation.mask):
-            label = annotation.mask_labels.get(int(value))
-            if label is not None and label not in told:
+            name = annotation.mask_labels.get(int(value))
+            if name is not None and name not in told:
                 pieces, number = ndimage.label(annotation.mask == value)
                 centres = ndimage.center_of_mass(pieces > 0, pieces, range(1, number + 1))
-                by_label.setdefault(label, []).extend((float(x) + 0.5, float(y) + 0.5) for y, x in centres)
+                by_label.setdefault(name, []).extend((float(x) + 0.5, float(y) + 0.5) for y, x in centres)
         told = set(by_label)
     for label, x0, y0, x1, y1 in annotation.boxes:
         if label not in told:

@@ -66,8 +66,8 @@ def write_galleries(
         chosen = strongest_images(maps[:, k], columns)
         if not len(chosen):
             continue
-        shown = maps[chosen, k][:, None].float()
-        shown = (shown * peak_mask(shown) if masked else shown)[:, 0].numpy()
+        whole = maps[chosen, k][:, None].float()
+        shown = (whole * peak_mask(whole) if masked else whole)[:, 0].numpy()
         pictures = [
             preprocessing.pixels(source.image(int(images[i]))).permute(1, 2, 0).clamp(0, 1).numpy()
             for i in chosen.tolist()

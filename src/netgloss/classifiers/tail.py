@@ -132,7 +132,8 @@ class Tail:
 
 
 def later_layers(net: Any, layer: str, *, input_shape: tuple[int, ...]) -> list[str]:
-    """Layers that give a vector (B, C) or a map (B, C, H, W) after the last run of ``layer``, in the order they run.
+    """Layers that give a vector (B, C) or a map (B, C, H, W) after the last run of ``layer``, in the order they run;
+    not those that contain it.
 
     Parameters
     ----------
@@ -145,7 +146,7 @@ def later_layers(net: Any, layer: str, *, input_shape: tuple[int, ...]) -> list[
     def see(name: str, _: nn.Module, output: Any) -> None:
         if name == layer:
             ran.clear()
-        elif isinstance(output, Tensor) and output.ndim in (2, 4):
+        elif isinstance(output, Tensor) and output.ndim in (2, 4) and not layer.startswith(f"{name}."):
             ran.append(name)
 
     device = next((p.device for p in module.parameters()), torch.device("cpu"))

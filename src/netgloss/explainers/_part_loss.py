@@ -69,7 +69,7 @@ def filter_loss(maps: Tensor, *, kappa: float, beta: float = 4.0, single: bool =
     """
     table = templates(*maps.shape[2:], beta=beta, kappa=kappa).to(maps.device)
     with torch.autocast(maps.device.type, enabled=False):
-        return _FilterLoss.apply(maps.float(), table, single)  # type: ignore[no-untyped-call]
+        return _FilterLoss.apply(maps.float(), table, single)
 
 
 class _FilterLoss(torch.autograd.Function):

@@ -143,12 +143,14 @@ class PartExplainer(Explainer):
         if min(spec.grid) < _MIN_CELLS:
             height, width = spec.grid
             self.notes.append(f"a grid of {height} x {width} cells is coarse for parts: tap an earlier layer")
-        self.parts = nn.ModuleList(nn.Conv2d(features, features, 3, padding=1) for _ in range(2))
-        for conv in self.parts:
+        tracks = [nn.Conv2d(features, features, 3, padding=1) for _ in range(2)]
+        self.parts = nn.ModuleList(tracks)
+        for conv in tracks:
             if config.start == "copy":
                 nn.init.dirac_(conv.weight)
             else:
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
         self.rest = nn.Conv2d(features, features, 3, padding=1) if config.ordinary else None
         if self.rest is not None:
