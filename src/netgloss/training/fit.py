@@ -117,8 +117,7 @@ def fit(
     options = options or FitOptions()
     progress = progress or Silent()
     generator_state = torch.get_rng_state()
-    if stream.around.section is not None:
-        explainer.adopt(stream.around.section().cpu())
+    _adopt(explainer, stream)
     try:
         if not explainer.learned:
             progress.start(f"fit seed {seed}", 1, unit="fit")
@@ -175,15 +174,21 @@ def fit_together(
         trainings = []
         for number, (explainer, checkpoint) in enumerate(zip(explainers, saved, strict=True)):
             tell = None if log is None else partial(_tell, log, number)
+            _adopt(explainer, stream)
             trainings.append(_Training(explainer, stream, seed, fabric, checkpoint, options, tell))
         _train(trainings, stream, seed, fabric, progress)
         for explainer in explainers:
             explainer.cpu().eval()
-            if explainer.reads != "maps":
-                explainer.after_fit(stream)
+            explainer.after_fit(stream)
     finally:
         torch.set_rng_state(generator_state)
     return [_checked(explainer, stream) for explainer in explainers]
+
+
+def _adopt(explainer: Explainer, stream: ActivationStream) -> None:
+    """Hands out a fresh copy of the network's section to a method that asked for it."""
+    if stream.around.section is not None:
+        explainer.adopt(stream.around.section().cpu())
 
 
 def _tell(log: Callable[[dict[str, Any]], None], number: int, line: dict[str, Any]) -> None:
