@@ -171,6 +171,18 @@ def test_ranks_write_disjoint_chunks_of_one_store(tmp_path: Path) -> None:
     np.testing.assert_array_equal(both.read("conv", slice(0, 1000)), whole.read("conv", slice(0, 1000)))
 
 
+def test_bfloat16_is_near_and_never_taken_for_float32(tmp_path: Path) -> None:
+    source, classifier = open_images(images(40)), load_classifier(Small())
+    exact = capture(classifier, source, ["conv"], tmp_path / "e", options=CaptureOptions("float32"))
+    options = CaptureOptions("float32", precision="bfloat16")
+    near = capture(classifier, source, ["conv"], tmp_path / "n", options=options)
+    one, two = exact.read("conv", slice(0, 40)), near.read("conv", slice(0, 40))
+    assert 0 < np.linalg.norm(one - two) / np.linalg.norm(one) < 0.02
+    assert exact.key.address != near.key.address
+    with pytest.raises(UserError, match="precision: float32 in the store, bfloat16 asked for"):
+        capture(classifier, source, ["conv"], tmp_path / "e", options=options)
+
+
 def test_wrong_layers_and_options_are_one_line(tmp_path: Path) -> None:
     source = open_images(images(4))
     with pytest.raises(UserError, match="did you mean conv"):
@@ -179,6 +191,8 @@ def test_wrong_layers_and_options_are_one_line(tmp_path: Path) -> None:
         CaptureOptions("int8")
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         CaptureOptions(batch_size=0)
+    with pytest.raises(UserError, match="precision must be float32 or bfloat16"):
+        CaptureOptions(precision="float8")
 
 
 SLOW = """

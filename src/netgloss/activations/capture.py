@@ -45,6 +45,8 @@ class CaptureOptions:
     """Keep the classifier's logits too; without them the forward stops after the last layer."""
     positions: int | None = None
     """Keep only this many random positions of each image's map (for fitting; such a layer cannot be evaluated)."""
+    precision: str = "float32"
+    """Precision of the forward: float32, or bfloat16 (autocast; faster on GPUs and recent CPUs, about 1 % off)."""
     batch_size: int = 32
     """Images a forward; halved where they do not fit in the device's memory."""
     workers: int | None = None
@@ -57,6 +59,8 @@ class CaptureOptions:
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "float32"):
             raise UserError(f"dtype must be float16 or float32, got {self.dtype!r}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(f"precision must be float32 or bfloat16, got {self.precision!r}")
         for name in ("batch_size", "positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,6 +80,7 @@ def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str]
         logits=options.logits,
         positions=options.positions,
         seed=options.seed if options.positions is not None else 0,
+        precision=options.precision,
     )
 
 
@@ -209,6 +214,7 @@ def _capture_chunks(
     last: Future[None] | None = None
     with (
         torch.inference_mode(),
+        torch.autocast(classifier.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"),
         Taps(classifier.net, store.layers, stop=not options.logits) as taps,
         ThreadPoolExecutor(max_workers=1) as writer,
     ):

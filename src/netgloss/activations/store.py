@@ -52,11 +52,16 @@ class StoreKey:
     logits: bool = True
     positions: int | None = None
     seed: int = 0
+    precision: str = "float32"
+    """Of the forward; told by the address only if it is another, as stores made before it was there have none."""
 
     @property
     def address(self) -> str:
         """Hex digest of the key."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        if self.precision == "float32":
+            del fields["precision"]
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
@@ -139,6 +144,7 @@ class Store:
         num_fit = images.get("num_fit")
         right = {
             "dtype": key.dtype in ("float16", "float32"),
+            "precision": key.precision in ("float32", "bfloat16"),
             "logits": isinstance(key.logits, bool),
             "positions": key.positions is None or (type(key.positions) is int and key.positions > 0),
             "layers": bool(key.layers) and set(key.layers) == set(self.shapes),
