@@ -59,8 +59,13 @@ STAGES = [
     Stage("explain", ("explain", "pca", "--model", "critters", "--layer", "block5", "--images", "images.npz", "--out",
                       "whole", "--num-concepts", "4", "--seeds", "1", "--untrained-images", "0")),
 ]  # fmt: skip
-HARDEN = Stage("harden", ("harden", "--model", "critters", "--layer", "block5", "--images", "images.npz", "--out",
-                          "hard", "--steps", "20", "--batch-size", "8"))  # fmt: skip
+HARDEN = Stage(
+    "harden",
+    ("harden", "--model", "critters", "--layer", "block5", "--images", "images.npz", "--eval-images",
+     "critters:48,seed=9", "--out", "hard", "--arms", "clean", "at", "--seeds", "1", "--epochs", "2", "--batch-size",
+     "16", "--attack-images", "8", "--probe-images", "48", "--attack-steps", "2", "--long-steps", "0", "--restarts",
+     "1", "--feature-steps", "0", "--v-steps", "2", "--check-images", "8", "--check-steps", "1", "--k", "3"),
+)  # fmt: skip
 
 
 def stages(only: Sequence[str] = ()) -> list[Stage]:
