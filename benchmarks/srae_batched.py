@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -101,7 +103,7 @@ def main() -> None:
     lines = [
         "# Many per-class modules in one batched model",
         "",
-        f"`python benchmarks/srae_batched.py`; {name}; torch {versions()['torch']}; median of {options.steps} "
+        f"`{shlex.join(['python', 'benchmarks/srae_batched.py', *sys.argv[1:]])}`; {name}; torch {versions()['torch']}; median of {options.steps} "
         "optimiser steps of joint training, n = 5. 'products' are the step's matrix products alone. The aim is ten "
         f"modules below 3 times the time of one.{kept}",
         "",
