@@ -99,11 +99,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} thread(s)"
+    command = shlex.join(["python", "benchmarks/srae_batched.py", *sys.argv[1:]])
     kept = " Freed memory kept." if "MALLOC_TRIM_THRESHOLD_" in os.environ else ""
     lines = [
         "# Many per-class modules in one batched model",
         "",
-        f"`{shlex.join(['python', 'benchmarks/srae_batched.py', *sys.argv[1:]])}`; {name}; torch {versions()['torch']}; median of {options.steps} "
+        f"`{command}`; {name}; torch {versions()['torch']}; median of {options.steps} "
         "optimiser steps of joint training, n = 5. 'products' are the step's matrix products alone. The aim is ten "
         f"modules below 3 times the time of one.{kept}",
         "",
