@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -128,4 +127,27 @@ def test_bad_input(tmp_path: Path) -> None:
     values, logits, labels, _ = planted(40)
     with pytest.raises(UserError, match="which this store does not hold"):
         fit(explainer, stream_of(tmp_path / "none", values, None, labels), seed=0)
-    assert np.isfinite(explainer.bias).all()
+    assert explainer.bias.isfinite().all()
+
+
+def test_from_classifier_to_report(tmp_path: Path) -> None:
+    import netgloss
+
+    run = netgloss.explain(
+        "linear-head",
+        "critters",
+        "block5",
+        "critters:40",
+        out=tmp_path / "run",
+        seeds=1,
+        evaluation=netgloss.EvaluationOptions(untrained_images=0),
+        num_concepts=2,
+        features="nmf",
+        classes=("0", "5"),
+    )
+    assert [concept["name"] for concept in run.concepts["concepts"]] == ["part 1", "part 2"]
+    scores = {score.metric: score for score in run.scores}
+    assert {"agreement", "logit_rmse", "significant_concepts", "neurons_rebuilt"} <= set(scores)
+    entry = next(image["explained"] for image in run.concepts["images"] if image["explained"])
+    told = entry["base"] + sum(driver["contribution"] for driver in entry["drivers"]) + entry["others"] + entry["gap"]
+    assert told == pytest.approx(entry["logit"], abs=1e-3)
