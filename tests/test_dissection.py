@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
+from netgloss.metrics import dissection_overlaps
 from netgloss.metrics.dissection import (
     Detectors,
     Dissection,
     Masks,
     Vocabulary,
     basis_interpretability,
-    overlaps,
     sum_of_best,
-    upsample,
 )
 from netgloss.metrics.dissection_joint import joint_behaviour
+from netgloss.metrics.dissection_overlaps import overlaps, upsample
 from netgloss.metrics.dissection_rates import extent, on_rates, rate_thresholds, shared_thresholds
-from netgloss.metrics.dissection_significance import permutation_test
+from netgloss.metrics.dissection_significance import PermutationTest, blocks_of, permutation_test
 
 GRID = (4, 4)
 
@@ -77,6 +77,40 @@ def test_iou_equals_a_naive_loop_and_bincount() -> None:
         hit = on[image, :, pixel].nonzero()[:, 1]
         packed[:, column] = torch.bincount(hit, minlength=5).float()
     assert torch.equal(counts, packed)
+
+
+@pytest.mark.parametrize("cells", [(2, 2), (3, 5), (4, 4), (9, 1)])
+@pytest.mark.parametrize("threshold", [-2.0, 0.5, 1.2])
+def test_pixels_between_cells_and_all_pixels_give_the_same_counts(
+    cells: tuple[int, int], threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(9)
+    _, masks, vocabulary, _ = random_case(2)
+    maps = torch.randn(7, 5, *cells, generator=g)
+    columns = masks.columns(vocabulary)
+    within = torch.tensor([[3, 4, 3, 3, 4]]).expand(2, -1)
+    thresholds = torch.tensor([threshold, 0.7])[:, None].expand(2, 5)
+    found, places = [], []
+    for share in (2.0, -1.0):  # never and always all pixels
+        monkeypatch.setattr(dissection_overlaps, "_DENSE_FROM", share)
+        places.append(torch.zeros(2, 5, 16, dtype=torch.float64))
+        found.append(overlaps(maps, thresholds, columns, GRID, within=within, places=places[-1]))
+    assert torch.equal(*found)
+    assert torch.equal(*places)
+    on = upsample(maps, GRID).flatten(2) > threshold
+    assert torch.equal(places[0][0], (on & columns[:, within[0]].bool()).sum(0).double())
+
+
+def test_many_columns_are_told_apart() -> None:
+    """130 overlapping labels: more than two words of 64 bits."""
+    g = torch.Generator().manual_seed(10)
+    masks = Masks(torch.rand(3, 130, *GRID, generator=g) < 0.4)
+    vocabulary = Vocabulary(tuple(map(str, range(130))))
+    maps = torch.randn(3, 2, 2, 2, generator=g)
+    columns = masks.columns(vocabulary)
+    found = overlaps(maps, torch.ones(1, 2), columns, GRID)[:, 0]
+    on = (upsample(maps, GRID).flatten(2) > 1).float()
+    assert torch.equal(found, on @ columns.transpose(1, 2))
 
 
 def test_streamed_equals_whole_and_rules_are_independent() -> None:
@@ -327,6 +361,28 @@ def test_layout_alone_is_not_significant() -> None:
     assert abs(scores["S1xl"] / 60) < 0.01
     found = permutation_test(maps, torch.full((60,), 0.5), Masks(labels), chosen, Vocabulary(("a",)))
     assert int(found["significant"].sum()) <= 1
+
+
+def test_blocks_are_told_apart_and_memory_does_not_grow_with_the_images() -> None:
+    sizes = [len(block) for block in blocks_of(300)]
+    assert sizes == [100, 100, 100]
+    assert sorted(torch.cat(blocks_of(300)).tolist()) == list(range(300))
+    assert [len(block) for block in blocks_of(128)] == [128]
+    g = torch.Generator().manual_seed(6)
+    labels = torch.rand(300, 1, 4, 4, generator=g) < 0.3
+    maps = (torch.rand(300, 60, 4, 4, generator=g) < 0.3).float()
+    maps[:, 0] = (labels[:, 0] ^ (torch.rand(300, 4, 4, generator=g) < 0.2)).float()
+    found = permutation_test(
+        maps, torch.full((60,), 0.5), Masks(labels), torch.zeros(60, dtype=torch.long), Vocabulary(("a",))
+    )
+    assert float(found["p"][0]) == pytest.approx(1 / 10_001)
+    assert float(found["z"][1:].mean().abs()) < 4 / math.sqrt(59)
+    assert float(found["z"][1:].std()) == pytest.approx(1, abs=0.35)
+    test = PermutationTest(torch.full((60,), 0.5), torch.zeros(60, dtype=torch.long), Vocabulary(("a",)))
+    for _ in range(2):
+        held = [value.shape for value in vars(test).values() if isinstance(value, Tensor)]
+        test.add(maps[:100], Masks(labels[:100]))
+        assert [value.shape for value in vars(test).values() if isinstance(value, Tensor)] == held
 
 
 def test_permutation_needs_two_images() -> None:

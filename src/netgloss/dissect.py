@@ -24,7 +24,7 @@ from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, to_rows
 from netgloss.metrics.dissection import GRID, Detectors, Dissection, Masks, Overlaps, Vocabulary
 from netgloss.metrics.dissection_rates import extent, on_rates, rate_thresholds, shared_thresholds
-from netgloss.metrics.dissection_significance import permutation_test
+from netgloss.metrics.dissection_significance import PermutationTest, blocks_of
 
 LABEL_SHARE = 0.6
 """Share of the annotated images that gives labels and thresholds, where there is one set only."""
@@ -314,8 +314,11 @@ def _is_rate(text: str) -> bool:
 def significance(
     explainer: Explainer, found: Dissected, data: MaskedLayer, images: np.ndarray, *, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The permutation test of one rule's labels on the score images; see ``permutation_test``."""
-    maps = torch.cat([explainer.encode(activation) for _, activation in data.batches(images)])
-    return permutation_test(
-        maps, found.thresholds, data.masks(images), found.detectors.labels, data.vocabulary, seed=seed
-    )
+    """The permutation test of one rule's labels on the score images, one block of them after the other; see
+    :class:`~netgloss.metrics.dissection_significance.PermutationTest`."""
+    test = PermutationTest(found.thresholds, found.detectors.labels, data.vocabulary, seed=seed)
+    for block in blocks_of(len(images), seed=seed):
+        some = np.sort(images[block.numpy()])
+        maps = torch.cat([explainer.encode(activation) for _, activation in data.batches(some)])
+        test.add(maps, data.masks(some))
+    return test.compute()

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,13 +34,12 @@ from torchmetrics import Metric
 
 from netgloss.errors import UserError
 from netgloss.metrics.base import poisson_weights
+from netgloss.metrics.dissection_overlaps import overlaps
 
 GRID = (56, 56)
 """Mask grid: as fine as a quarter of a 224-pixel input."""
 DETECTOR_IOU = 0.04
 """IoU above which a concept counts as a detector (published code of network dissection)."""
-MASK_ELEMENTS = 1 << 21
-"""Floats of upsampled maps held at once: 8 MiB stay in the cache and are three times as fast as 64."""
 
 
 @dataclass(frozen=True)
@@ -98,44 +96,6 @@ class Masks:
         if self.ignore is not None:
             counts &= ~self.ignore.reshape(batch, 1, -1)
         return torch.cat([labels & counts[:, list(vocabulary.category)], counts], dim=1).float()
-
-
-def upsample(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Concept maps (B, I, h, w), or concepts (B, I) of a vector layer, on the mask grid: bilinear, corners not
-    aligned."""
-    if maps.ndim == 2:
-        return maps[:, :, None, None].expand(-1, -1, *grid)
-    if maps.ndim != 4:
-        raise UserError(f"expected concepts (B, I) or (B, I, H, W), got shape {tuple(maps.shape)}")
-    rows, columns = (_interpolation(n, m).to(maps.device) for n, m in zip(maps.shape[2:], grid, strict=True))
-    return rows @ (maps.float() @ columns.T)  # four times as fast as F.interpolate on a CPU
-
-
-@lru_cache(maxsize=32)
-def _interpolation(cells: int, size: int) -> Tensor:
-    """(size, cells): the weights of linear interpolation, corners not aligned."""
-    return F.interpolate(torch.eye(cells)[None], size=size, mode="linear", align_corners=False)[0].T.contiguous()
-
-
-def overlaps(maps: Tensor, thresholds: Tensor, columns: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Pixels where a concept is on and a column is set, for each image: (B, R, I, M) float32, whole numbers.
-
-    One matrix product over the pixels for all concepts, rules and columns of an image.
-
-    Parameters
-    ----------
-    maps : (B, I, h, w) or (B, I). thresholds : (R, I). columns : (B, M, P) of :meth:`Masks.columns`.
-    """
-    found = maps.new_empty(len(maps), *thresholds.shape, columns.shape[1], dtype=torch.float32)
-    step = max(1, MASK_ELEMENTS // (maps.shape[1] * grid[0] * grid[1]))
-    for start in range(0, len(maps), step):
-        part = slice(start, start + step)
-        values_BIP = upsample(maps[part], grid).flatten(2)
-        on_BIP = torch.empty_like(values_BIP)
-        for rule, threshold_I in enumerate(thresholds):
-            torch.gt(values_BIP, threshold_I[:, None], out=on_BIP)
-            found[part, rule] = (columns[part] @ on_BIP.transpose(1, 2)).transpose(1, 2)
-    return found
 
 
 class Dissection(Metric):
@@ -211,15 +171,18 @@ class Dissection(Metric):
             raise UserError(f"masks of {tuple(masks.labels.shape[2:])} cells do not fit the grid {self.grid}")
         columns = masks.columns(self.vocabulary)
         counted = columns[:, len(self.vocabulary.labels) :].any(dim=2)
-        found = overlaps(concepts, self.thresholds, columns, self.grid)
+        kept = {}
+        if self.chosen is not None:
+            kept = {"within": self._columns_of(self.chosen)[1], "places": self.on_at}
+        found = overlaps(concepts, self.thresholds, columns, self.grid, **kept)
         self.counts += found.sum(0, dtype=torch.float64)
         self.sizes += columns.sum((0, 2), dtype=torch.float64)
         self.images += counted.sum(0)
         if self.chosen is not None:
-            self._add_chosen(index, concepts, columns, found)
+            self._add_chosen(index, columns, found)
 
-    def _add_chosen(self, index: Tensor, concepts: Tensor, columns: Tensor, found: Tensor) -> None:
-        """What is kept for known labels: where in the frame concepts and labels lie, and the bootstrap."""
+    def _add_chosen(self, index: Tensor, columns: Tensor, found: Tensor) -> None:
+        """What is kept for known labels beside where the concepts lie: where the labels do, and the bootstrap."""
         assert self.chosen is not None
         label_RI, category_RI = self._columns_of(self.chosen)
         sizes = columns.sum(2)
@@ -235,15 +198,6 @@ class Dissection(Metric):
             weights = poisson_weights(index, len(self.replicated))
             self.replicated += torch.einsum("kb,bric->kric", weights, per_image.double())
         self.label_at += columns[:, : len(self.vocabulary.labels)].sum(0)
-        step = max(1, MASK_ELEMENTS // (concepts.shape[1] * columns.shape[2]))
-        for start in range(0, len(concepts), step):
-            part = slice(start, start + step)
-            values = upsample(concepts[part], self.grid).flatten(2)
-            for rule, threshold in enumerate(self.thresholds):
-                on = values > threshold[:, None]
-                if len(self.vocabulary.categories) > 1 or not bool(columns[part, -1].all()):
-                    on = on & columns[part][:, category_RI[rule]].bool()
-                self.on_at[rule] += on.sum(0)
 
     def _columns_of(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each chosen label and of its category."""

@@ -18,7 +18,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from netgloss.metrics.dissection import DETECTOR_IOU, Detectors, Masks, upsample
+from netgloss.metrics.dissection import DETECTOR_IOU, Detectors, Masks
+from netgloss.metrics.dissection_overlaps import upsample
 
 
 def joint_behaviour(
