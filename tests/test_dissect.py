@@ -193,3 +193,6 @@ def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     assert len(run.scores) == 8  # replaced, not doubled
     with pytest.raises(UserError, match=r"annotated score images are images of the fit"):
         dissect_run(run, "critters:30", store=store, source=source, classifier=classifier)
+    with pytest.raises(UserError, match=r"\d+ of \d+ annotated score images are images of the fit"):
+        dissect_run(run, "critters:30", store=store, source=None, classifier=classifier)  # told by the activations
+    dissect_run(run, "critters:24,seed=5", store=store, source=None, classifier=classifier)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from netgloss.activations import Store
+from netgloss.data import open_images
 from netgloss.errors import UserError
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.supervised_basis import (
@@ -142,3 +145,76 @@ def test_bad_input() -> None:
 
     with pytest.raises(UserError, match="rows came without labels"):
         explainer.fit_rows(Unlabelled(), seed=0)  # type: ignore[arg-type]
+
+
+# -- the recipes of the papers ----------------------------------------------------------------------------------------
+
+
+def test_squared_error_with_hard_negatives_finds_separable_concepts() -> None:
+    rows, labels = separable()
+    explainer = fitted(rows, labels, style="ibd")
+    z = explainer.encode(rows)
+    assert float(f1(z > explainer.f1_thresholds(), labels).min()) > 0.93
+    on = z > explainer.thresholds()  # hard negatives only: a probe is on too seldom
+    assert bool(((on & labels).sum(0) / on.sum(0) > 0.95).all())
+    assert float(f1(on, labels).min()) > 0.7
+    again = fitted(rows, labels, style="ibd")
+    assert torch.equal(explainer.directions, again.directions)
+
+
+def test_balanced_loss_finds_more_of_a_rare_concept() -> None:
+    rows, labels = separable()
+    rows = rows + 1.5 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(3)) * rows.std(0)
+    plain, balanced = fitted(rows, labels), fitted(rows, labels, style="net2vec", raw=True)
+    recalls = [((e.encode(rows) > e.thresholds()) & labels).sum(0) / labels.sum(0) for e in (plain, balanced)]
+    assert bool((recalls[1] > recalls[0] + 0.1).all())
+
+
+def test_binarised_features_tell_what_is_in_their_upper_tail() -> None:
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randn(40_000, 4, generator=g)
+    labels = torch.zeros(40_000, 2, dtype=torch.bool)
+    labels[:200, 0] = True
+    rows[:200, 1] = 5.0 + torch.rand(200, generator=g)
+    labels[200:400, 1] = True
+    rows[200:400, 3] = 5.0 + torch.rand(200, generator=g)
+    explainer = fitted(rows, labels, style="net2vec")
+    assert ((rows > explainer.levels).float().mean(0) - 0.005).abs().max() < 1e-4
+    assert float(f1(explainer.encode(rows) > explainer.thresholds(), labels).min()) > 0.99
+    assert explainer.directions.argmax(0).tolist() == [1, 3]
+    z = explainer.encode(rows)
+    assert z.unique(dim=0).shape[0] <= 2**4  # only which features are on
+    left = (rows - explainer.decode(z)).square().sum()
+    assert float(left) < float((rows - rows.mean(0)).square().sum())
+    torch.testing.assert_close((rows - explainer.decode(z)).mean(0), torch.zeros(4), atol=1e-3, rtol=0)
+
+
+def test_style_must_be_known() -> None:
+    with pytest.raises(UserError, match="style must be one of logistic, ibd, net2vec, got 'svm'"):
+        SupervisedBasisConfig(style="svm")  # type: ignore[arg-type]
+
+
+# -- from the command line --------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_from_annotations(tmp_path: Path) -> None:
+    from netgloss.classifiers import load_classifier
+    from netgloss.pipeline import explain, fit_run
+
+    source = open_images("critters:40")
+    fields = {"annotations": "own", "min_positives": 20}
+    run = explain(
+        "supervised-basis", load_classifier("critters"), "block5", source, out=tmp_path / "run", seeds=1, **fields
+    )
+    assert (
+        run.explainer.name_concepts()
+        == run.manifest["config"]["labels"]
+        == list(source.annotation(0).mask_labels.values())
+    )
+    assert int(run.explainer.directions.any(0).sum()) > 3
+    again = {"config": SupervisedBasisConfig(**fields), "seeds": 1}
+    store = Store.open(run.manifest["store"])
+    with pytest.raises(UserError, match=r"annotations belong to images: give those of .* again by --images"):
+        fit_run("supervised-basis", store, "block5", tmp_path / "two", **again)
+    with pytest.raises(UserError, match="are not the images whose activations"):
+        fit_run("supervised-basis", store, "block5", tmp_path / "two", source=open_images("critters:20"), **again)

@@ -46,6 +46,8 @@ _MEANING = {
     "unique_detectors": f"distinct labels among the concepts with an IoU above {DETECTOR_IOU}",
 }
 _SHOWN = 12
+_SAME = 1e-3
+"""Distance of two images' answers, in mean distances from the middle, below which they are the same image."""
 
 
 def open_annotated(annotations: str, source: ImageSource | None) -> ImageSource:
@@ -80,7 +82,7 @@ def dissect_run(
     annotations : see :func:`open_annotated`.
     store : the activations of the fit, for the controls (the layer's own axes, random directions), which are judged at
         the run's own on-rate.
-    source : the images of the run, with which annotated ones are compared.
+    source : the images of the run, with which annotated ones are compared; else their activations are.
 
     Raises
     ------
@@ -97,7 +99,7 @@ def dissect_run(
         data = MaskedLayer(captured, run.layer, images, classifier.preprocessing)
         label_images, score_images = split_annotated(data)
         fit_images, _ = split_store(store)
-        _refuse_fit_images(store, fit_images, images, source, score_images)
+        _refuse_fit_images(store, fit_images, data, images, source, score_images)
         label, score = (data, label_images), (data, score_images)
         explainers = [e.cpu() for e in run.explainers()]
         controls = make_controls(
@@ -143,18 +145,40 @@ def dissect_run(
 
 
 def _refuse_fit_images(
-    store: Store, fit_images: np.ndarray, images: ImageSource, source: ImageSource | None, score_images: np.ndarray
+    store: Store,
+    fit_images: np.ndarray,
+    data: MaskedLayer,
+    images: ImageSource,
+    source: ImageSource | None,
+    score_images: np.ndarray,
 ) -> None:
-    """Score images must not be images of the fit: told by content, if the run's images are at hand."""
-    if source is None or store.key.data_fingerprint != source.fingerprint:
+    """Score images must not be images of the fit: told by content if the run's images are at hand, else by what the
+    layer answers to them."""
+    if source is not None and store.key.data_fingerprint == source.fingerprint:
+        fitted = {source._digest(int(i)) for i in fit_images}
+        shared = [images.ids[i] for i in score_images.tolist() if images._digest(i) in fitted]
+    elif store.is_subsampled(data.layer):
         return
-    fitted = {source._digest(int(i)) for i in fit_images}
-    shared = [images.ids[i] for i in score_images.tolist() if images._digest(i) in fitted]
+    else:
+        seen, asked = (_answers(s, data.layer, i) for s, i in ((store, fit_images), (data.store, score_images)))
+        centre = seen.mean(0)
+        apart = torch.cdist(asked - centre, seen - centre, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+        same = apart < _SAME * seen.sub(centre).norm(dim=1).mean()
+        shared = [images.ids[i] for i, found in zip(score_images.tolist(), same.tolist(), strict=True) if found]
     if shared:
         raise UserError(
             f"{len(shared)} of {len(score_images)} annotated score images are images of the fit ({shared[0]}, ...): "
             "annotate images that the run has not seen"
         )
+
+
+def _answers(store: Store, layer: str, images: np.ndarray) -> torch.Tensor:
+    """(n, C) the layer's mean activation of each image."""
+    parts = []
+    for start in range(0, len(images), 64):
+        activation = torch.from_numpy(store.read(layer, images[start : start + 64])).double()
+        parts.append(activation.flatten(2).mean(2) if activation.ndim == 4 else activation)
+    return torch.cat(parts)
 
 
 def _scores(found: list[Dissected], beside: dict[str, list[Dissected]], images: int, rate: str) -> list[Score]:

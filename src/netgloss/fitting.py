@@ -7,7 +7,7 @@ images nor the network are touched; the others get the layers above, the images,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from netgloss.training import ActivationStream, Surroundings
 if TYPE_CHECKING:
     from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
+
+OWN_ANNOTATIONS = "own"
+"""The annotations that a source of scenes (critters) brings along."""
 
 
 def upper_layers(cls: type[Explainer], config: ExplainerConfig, classifier: Classifier, layer: str) -> tuple[str, ...]:
@@ -65,7 +68,29 @@ def open_stream(
     around = Surroundings()
     if {"upper", "image", "tail", "to_logits", "section"} & set(needs):
         around = _surroundings(cls, config, store, layer, classifier(), source)
-    return ActivationStream(store, layer, images, reads=cls.reads, labels=labels, around=around)
+    stream = ActivationStream(store, layer, images, reads=cls.reads, labels=labels, around=around)
+    if "masks" in needs:
+        _add_masks(stream, config, classifier(), source)
+    return stream
+
+
+def _add_masks(stream: ActivationStream, config: Any, classifier: Classifier, source: ImageSource | None) -> None:
+    """Lets the rows tell which annotated labels they show: ``labelled`` and ``mask_labels``."""
+    from netgloss.data import open_images
+    from netgloss.dissect import MaskedLayer
+
+    if source is None:
+        raise UserError(f"annotations belong to images: give those of {stream.store.path} again by --images")
+    if source.fingerprint != stream.store.key.data_fingerprint:
+        raise UserError(f"{source.description} are not the images whose activations {stream.store.path} holds")
+    if config.annotations != OWN_ANNOTATIONS:
+        source = open_images(source, annotations=config.annotations)
+    data = MaskedLayer(stream.store, stream.layer, source, classifier.preprocessing, labels=config.labels or None)
+    annotated = np.intersect1d(stream.images, data.images)
+    if not len(annotated):
+        raise UserError(f"none of the {len(stream.images)} images of the fit has an annotation")
+    stream.labelled = lambda: data.rows(annotated)
+    stream.mask_labels = data.vocabulary.labels
 
 
 def _surroundings(

@@ -105,6 +105,8 @@ def fit_run(
     stream = open_stream(cls, config, store, layer, fit_images, classifier=network, source=source)
     if cls.needs(config):
         wnids = imagenet_wnids(model.get("imagenet")) or []
+        if stream.mask_labels:
+            config = dataclasses.replace(config, labels=stream.mask_labels)
         config = cls.settle(config, class_names=names, wnids=wnids, decisions=stream.decisions(fit_images))
     shown = model.get("preprocessing", {})
     image = (shown["channels"], *shown["size"]) if shown else ()

@@ -232,7 +232,11 @@ class Explainer(nn.Module):
 
     @classmethod
     def needs(cls, config: ExplainerConfig) -> tuple[str, ...]:
-        """The fields of :class:`Batch` that a fit with ``config`` needs besides the activation; default ``uses``."""
+        """The fields of :class:`Batch` that a fit with ``config`` needs besides the activation; default ``uses``.
+
+        ``"masks"`` asks for rows that know which annotated labels they show (``LabelledRows`` of the supervised
+        basis), by the annotations that ``config.annotations`` names.
+        """
         return cls.uses
 
     @classmethod

@@ -12,8 +12,13 @@ images that hold the concept, over the images annotated for it. The ratio sets h
 ``f1_thresholds`` move the bias alone to the best F1 on the labelled rows, which tells a poor direction from a poor
 threshold.
 
+``style`` takes the recipe of a paper instead (``_probes.py``): ``ibd`` has squared error by SGD with hard negatives;
+``net2vec`` weighs positives and negatives alike, over all rows, on features that are binarised at their 0.995 quantile
+(``raw``: on xhat). Binarised features cannot be got back from a few codes: there ``decode`` is the least-squares map
+from codes to rows, which is ours.
+
 Sources: interpretable basis decomposition (Zhou, Sun, Bau & Torralba, ECCV 2018) and Net2Vec (Fong & Vedaldi, CVPR
-2018). Left out: their own recipes (squared error with hard negatives by SGD; binarised maps with a weighted loss).
+2018).
 
 Shape letters: N rows, C features of the layer, K concepts.
 """
@@ -21,16 +26,18 @@ Shape letters: N rows, C features of the layer, K concepts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
+from netgloss.explainers._probes import Probe, ibd_probe, logistic_probe, net2vec_probe, upper_quantiles
 from netgloss.explainers._rows import LinearExplainer, feature_moments
 from netgloss.explainers.base import ExplainerConfig, LayerSpec, Rows
 
 _SIGMA_FLOOR = 1e-3
+_STYLES = ("logistic", "ibd", "net2vec")
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,10 @@ class SupervisedBasisConfig(ExplainerConfig):
 
     num_concepts: int = 0
     """Always the number of labels; 0 says so."""
+    annotations: str = ""
+    """Where things are in --images: a folder of images and masks, a COCO file, or own (scenes that know: critters)."""
     labels: tuple[str, ...] = ()
-    """Names of the annotated concepts, in the order of the label columns."""
+    """Names of the annotated concepts, in the order of the label columns; default all that --annotations name."""
     negatives: float = 20.0
     """Negative rows for each positive one."""
     max_positives: int = 20_000
@@ -48,10 +57,16 @@ class SupervisedBasisConfig(ExplainerConfig):
     min_positives: int = 50
     """Concepts with fewer positive rows are skipped."""
     l2: float = 1e-4
-    """Weight of |g|^2 / 2."""
+    """Weight of |g|^2 / 2 (not in style ibd)."""
+    style: Literal["logistic", "ibd", "net2vec"] = "logistic"
+    """How a probe is fitted: logistic regression, or as in one of the two papers."""
+    raw: bool = False
+    """Style net2vec: on standardised features instead of binarised ones."""
 
     def __post_init__(self) -> None:
-        if self.num_concepts not in (0, len(self.labels)):
+        if self.style not in _STYLES:
+            raise UserError(f"style must be one of {', '.join(_STYLES)}, got {self.style!r}")
+        if self.labels and self.num_concepts not in (0, len(self.labels)):
             raise UserError(f"{len(self.labels)} labels make as many concepts, got num_concepts = {self.num_concepts}")
         for name in ("negatives", "max_positives", "min_positives", "l2"):
             if not getattr(self, name) > 0:
@@ -74,7 +89,8 @@ class SupervisedBasis(LinearExplainer):
     directions : buffer (C, K), G; a zero column for a skipped concept.
     biases : buffer (K,), z above which p > 0.5.
     f1_biases : buffer (K,), z above which F1 on the labelled rows is best.
-    mean, scale : buffers (C,).
+    scale : buffer (C,), sigma; ``offset`` holds mu (not with ``levels``).
+    levels : buffer (C,), above which a binarised feature is on (style net2vec without ``raw``).
 
     Raises
     ------
@@ -87,17 +103,31 @@ class SupervisedBasis(LinearExplainer):
     biases: Tensor
     f1_biases: Tensor
     scale: Tensor
+    levels: Tensor
 
     def __init__(self, config: SupervisedBasisConfig, spec: LayerSpec) -> None:
         if not config.labels:
             raise UserError(
-                "a supervised basis needs annotated images (see docs/methods/supervised-basis.md): no labels"
+                "a supervised basis needs annotated images: say by --annotations where things are in --images"
             )
         super().__init__(config, spec)
         self.register_buffer("directions", torch.zeros(spec.num_features, self.num_concepts))
         self.register_buffer("biases", torch.zeros(self.num_concepts))
         self.register_buffer("f1_biases", torch.zeros(self.num_concepts))
         self.register_buffer("scale", torch.ones(spec.num_features))
+        self.binarised = config.style == "net2vec" and not config.raw
+        if self.binarised:
+            self.register_buffer("levels", torch.zeros(spec.num_features))
+
+    @classmethod
+    def needs(cls, config: ExplainerConfig) -> tuple[str, ...]:
+        """Masks, if the config says where they are; else the rows must come with labels."""
+        assert isinstance(config, SupervisedBasisConfig)
+        return ("masks",) if config.annotations else ()
+
+    def name_concepts(self) -> list[str]:
+        """The labels."""
+        return list(self.config.labels)
 
     @property
     def num_concepts(self) -> int:
@@ -114,12 +144,18 @@ class SupervisedBasis(LinearExplainer):
 
     def encode_rows(self, rows: Tensor) -> Tensor:
         """Rows (N, C) -> z (N, K)."""
-        return (rows.to(self.scale.dtype) - self.offset) / self.scale @ self.directions
+        return self._features(rows) @ self.directions
+
+    def _features(self, rows: Tensor) -> Tensor:
+        """What the probes read of rows (N, C)."""
+        if self.binarised:
+            return (rows > self.levels).to(self.scale.dtype)
+        return (rows.to(self.scale.dtype) - self.offset) / self.scale
 
     @torch.no_grad()
     def fit_rows(self, rows: Rows, *, seed: int) -> None:
         """Fits every probe; ``rows`` must be :class:`LabelledRows`."""
-        if not hasattr(rows, "labelled"):
+        if getattr(rows, "labelled", None) is None:
             raise UserError("a supervised basis is fitted on annotated images only: rows came without labels")
         self._start(rows, at_least=2)
         values, labels, counted, image = rows.labelled()
@@ -128,7 +164,9 @@ class SupervisedBasis(LinearExplainer):
         _, mean, variance = feature_moments(map(self._finite, values.float().split(1 << 15)))
         self.offset.copy_(mean)
         self.scale.copy_(variance.sqrt().clamp_min(_SIGMA_FLOOR))
-        xhat = ((values.float() - self.offset) / self.scale).numpy()
+        if self.binarised:
+            self.levels.copy_(upper_quantiles(values))
+        xhat = self._features(values.float())
         generator = torch.Generator().manual_seed(seed)
         skipped = []
         for k, name in enumerate(self.config.labels):
@@ -137,17 +175,43 @@ class SupervisedBasis(LinearExplainer):
             if int(positive.sum()) < self.config.min_positives or not negative.any():
                 skipped.append(f"{name} ({int(positive.sum())})")
                 continue
-            chosen = self._sample_rows(positive, negative, image, generator)
-            weight, bias = _probe(xhat[chosen.numpy()], positive[chosen], self.config.l2)
+            weight, bias = self._probe(xhat, positive, negative, image, generator)
+            if not weight.any():
+                skipped.append(f"{name} (its features are never on)")
+                continue
             self.directions[:, k] = weight / weight.norm()
             self.biases[k] = bias / weight.norm()
-            z = torch.from_numpy(xhat) @ self.directions[:, k]
+            z = xhat @ self.directions[:, k]
             self.f1_biases[k] = best_f1_threshold(z[counted[:, k]], positive[counted[:, k]])
         if len(skipped) == self.num_concepts:
             raise UserError(f"no concept has {self.config.min_positives} positive rows: {', '.join(skipped)}")
         if skipped:
             self.notes.append(f"skipped for fewer than {self.config.min_positives} positive rows: {', '.join(skipped)}")
-        self.atoms.copy_(torch.linalg.pinv(self.directions.double()) * self.scale)
+        if self.binarised:
+            self._decode_by_regression(xhat, values)
+        else:
+            self.atoms.copy_(torch.linalg.pinv(self.directions.double()) * self.scale)
+
+    def _probe(
+        self, xhat: Tensor, positive: Tensor, negative: Tensor, image: Tensor, generator: torch.Generator
+    ) -> Probe:
+        """One probe; ``positive``, ``negative`` (N,) bool."""
+        if self.config.style == "net2vec":
+            counted = positive | negative
+            return net2vec_probe(xhat[counted], positive[counted], self.config.l2)
+        chosen = self._sample_rows(positive, negative, image, generator)
+        if self.config.style == "ibd":
+            return ibd_probe(xhat[chosen], positive[chosen], generator)
+        return logistic_probe(xhat[chosen], positive[chosen], self.config.l2)
+
+    def _decode_by_regression(self, xhat: Tensor, values: Tensor) -> None:
+        """Atoms and offset of the least-squares map from codes to rows."""
+        z = (xhat @ self.directions).double()
+        mean_z, mean_x = z.mean(0), values.float().mean(0).double()
+        products = z.T @ values.double() - len(z) * mean_z[:, None] * mean_x
+        centred = z - mean_z
+        self.atoms.copy_(torch.linalg.pinv(centred.T @ centred, hermitian=True) @ products)
+        self.offset.copy_(mean_x - mean_z @ self.atoms.double())
 
     def _sample_rows(self, positive: Tensor, negative: Tensor, image: Tensor, generator: torch.Generator) -> Tensor:
         """Indices of the training rows of one probe."""
@@ -165,15 +229,6 @@ class SupervisedBasis(LinearExplainer):
 def _pick(candidates: Tensor, number: int, generator: torch.Generator) -> Tensor:
     order = torch.randperm(len(candidates), generator=generator)[:number]
     return candidates[order]
-
-
-def _probe(xhat: object, positive: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """Weight (C,) and bias h () of a logistic regression, by scikit-learn."""
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=1 / (l2 * len(positive)), solver="lbfgs", max_iter=300)
-    model.fit(xhat, positive.numpy())
-    return torch.from_numpy(model.coef_[0]).float(), -torch.tensor(float(model.intercept_[0]))
 
 
 def best_f1_threshold(scores: Tensor, positive: Tensor) -> Tensor:

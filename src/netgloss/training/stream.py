@@ -62,6 +62,10 @@ class ActivationStream:
     labels : (N,) the classifier's class of every image of the store, -1 where it is unknown; default all unknown.
     memory : bytes that a block may take.
     around : what the batches hold besides the layer's activations.
+
+    Attributes
+    ----------
+    labelled, mask_labels : where a method asked for masks, the rows with the labels they show, and the labels.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class ActivationStream:
         if len(self.images) == 0:
             raise UserError(f"no readable images to fit on in {store.path}")
         self.around = around or Surroundings()
+        self.labelled: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+        self.mask_labels: tuple[str, ...] = ()
         wholly = [name for name in (layer, *self.around.upper) if store.is_subsampled(name)]
         if (reads != "rows" or self.around.upper or self.around.tail) and wholly:
             raise UserError(
