@@ -167,6 +167,33 @@ def test_refusals(layer: MaskedLayer, folder: Path) -> None:
         MaskedLayer(layer.store, "map", bare, Preprocessing(size=(SIDE, SIDE), resize=SIDE))
 
 
+def test_unknown_labels_are_named_and_known_ones_may_never_occur(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no annotation has a label 'left eyes'; did you mean left eye"):
+        masked(folder, tmp_path / "s", labels=["left eyes"])
+    never = masked(folder, tmp_path / "t", labels=["never"])
+    label, score = split_annotated(never)
+    found = dissect(axes(never), (never, label), (never, score), ["rate:0.03"])["rate:0.03"]
+    assert found.detectors.labels.tolist() == [-1] * 4
+    assert found.scores()["S1"] == found.scores()["S2"] == 0
+    assert not significance(axes(never), found, never, score)["significant"].any()
+
+
+def test_constant_concepts_are_never_on(layer: MaskedLayer) -> None:
+    """A threshold that is the constant itself: strictly greater is never."""
+    label, score = split_annotated(layer)
+
+    class Flat(InterpretableBasis):
+        thresholds = None  # type: ignore[assignment]
+
+        def encode(self, activation: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(activation, 0.1)
+
+    flat = Flat(InterpretableBasisConfig(), LayerSpec("map", (4, CELLS, CELLS))).eval()
+    for found in dissect(flat, (layer, label), (layer, score), ["rate:0.03", "shared:0.2"]).values():
+        assert found.label_rate == found.scores()["on_rate"] == found.scores()["S1"] == 0
+        assert found.detectors.labels.tolist() == [-1] * 4
+
+
 def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     """The whole way on the shipped network: scores beside controls at the same rate, one record a concept."""
     from netgloss.activations import Store, capture

@@ -193,6 +193,8 @@ def test_vector_layers_and_bad_input() -> None:
         metric.update(torch.arange(3), torch.zeros(3, 2), Masks(torch.ones(3, 2, 8, 8)))
     with pytest.raises(UserError, match="masks of 3 labels do not fit a vocabulary of 2"):
         metric.update(torch.arange(3), torch.zeros(3, 2), Masks(torch.ones(3, 3, *GRID)))
+    with pytest.raises(UserError, match=r"masks of \(2, 2\) cells do not fit the grid \(4, 4\)"):
+        metric.update(torch.arange(3), torch.zeros(3, 2), Masks(torch.ones(3, 2, 2, 2, dtype=torch.bool)))
     with pytest.raises(UserError, match="at least one label"):
         Vocabulary(())
     with pytest.raises(UserError, match=r"expected concepts \(B, I\)"):

@@ -20,7 +20,7 @@ from torch import Tensor
 from netgloss.activations import Store
 from netgloss.classifiers import Preprocessing
 from netgloss.data import ImageAnnotation, ImageSource, place, to_grid
-from netgloss.errors import UserError
+from netgloss.errors import UserError, nearest
 from netgloss.explainers.base import Explainer, to_rows
 from netgloss.metrics.dissection import GRID, Detectors, Dissection, Masks, Overlaps, Vocabulary
 from netgloss.metrics.dissection_rates import extent, on_rates, rate_thresholds, shared_thresholds
@@ -83,10 +83,13 @@ class MaskedLayer:
         self.store, self.layer, self.grid = store, store.check_layer(layer), grid
         merge = merge or (lambda label: label)
         annotated, packed, told = [], [], []
+        chosen = labels is not None
         if labels is None and source.annotations is not None:
             labels = [m for label in source.annotations.labels if (m := merge(label)) is not None]
         names: dict[str, None] = dict.fromkeys(labels or ())
         placed: list[ImageAnnotation] = []
+        told_of = source.annotations.labels if source.annotations is not None else ()
+        known = {m for label in told_of if (m := merge(label)) is not None}
         for i in store.valid.tolist():
             annotation = source.annotation(i)
             if annotation is None:
@@ -94,8 +97,10 @@ class MaskedLayer:
             annotation = place(annotation, preprocessing.geometry(*source.size(i)))
             seen = [*annotation.mask_labels.values(), *(b[0] for b in annotation.boxes)]
             seen += [k[0] for k in annotation.keypoints]
+            merged_seen = [m for label in seen if (m := merge(label)) is not None]
+            known |= set(merged_seen)
             if labels is None:
-                names |= dict.fromkeys(m for label in seen if (m := merge(label)) is not None)
+                names |= dict.fromkeys(merged_seen)
             annotated.append(i)
             placed.append(annotation)
         if not annotated:
@@ -113,6 +118,10 @@ class MaskedLayer:
             ):
                 if (merged := merge(label)) in own and label not in own[merged]:
                     own[merged].append(label)
+        unknown = [name for name in names if chosen and name not in known]
+        if unknown:
+            close = nearest(unknown[0], known) or sorted(known)
+            raise UserError(f"no annotation has a label {unknown[0]!r}; did you mean {', '.join(close)}?")
         raw = [(label, k) for k, merged in enumerate(own) for label in own[merged]]
         partial = any(annotation.annotated is not None for annotation in placed)
         for annotation in placed:
