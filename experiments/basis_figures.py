@@ -2,7 +2,8 @@
 
     python experiments/basis_figures.py --layer features.13 --fits runs/basis/mobilenet --stores runs/stores
 
-Reads basis-<model>-<layer>.json; writes basis-<model>-<layer>-{contours,iou,rates,training}.png beside it.
+Reads basis-<model>-<layer>.json; writes basis-<model>-<layer>-{contours,iou,rates,training}.png beside it: contours of
+critters only (photographs are not ours to publish), rates where the record has a sweep.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ def main() -> None:
 
     from netgloss.classifiers import load_classifier
 
-    classifier = load_classifier(options.model, checkpoint=data / "weights" / f"{name}.pth")
+    checkpoint = None if name == "critters" else data / "weights" / f"{name}.pth"
+    classifier = load_classifier(options.model, checkpoint=checkpoint)
     label, score = (
         annotated(data, options.stores / f"{name}-{part}.zarr", options.layer, part, classifier)
         for part in ("train", "test")
     )
-    save(contours(record, options.fits, score, classifier, data), f"{tag}-contours.png")
+    if name == "critters":
+        save(contours(record, options.fits, score, classifier), f"{tag}-contours.png")
     save(bars(record), f"{tag}-iou.png")
-    save(rates(record), f"{tag}-rates.png")
+    if record["sweep"]:
+        save(rates(record), f"{tag}-rates.png")
     if not options.no_training:
         save(training(record, label, score), f"{tag}-training.png")
 
@@ -52,19 +56,15 @@ def save(figure: Any, path: str) -> None:
     figure.savefig(path, dpi=64)
 
 
-def contours(record: dict[str, Any], fits: Path, score: Any, classifier: Any, data: Path) -> Any:
+def contours(record: dict[str, Any], fits: Path, score: Any, classifier: Any) -> Any:
     """The best detector of each of the six best labels of ``default`` seed 0: its two strongest score images."""
     from netgloss.data import open_images
     from netgloss.figures.dissection import concept_contours, detector_caption
     from netgloss.run import load_explainer
 
     basis = load_explainer(fits / "default-0.safetensors")
-    best: dict[str, dict[str, Any]] = {}
-    for row in sorted(record["detectors"]["default"], key=lambda row: -row["iou"]):
-        if row["label"] and row["significant"]:
-            best.setdefault(row["label"], row)
-    chosen = list(best.values())[:6]
-    source = open_images(data / "data" / "carparts" / "test" / "images")
+    chosen = [row for row in record["detectors"]["default"] if row["significant"]][:6]  # the best of each label
+    source = open_images("critters:200,seed=1")
     picks = torch.tensor([row["concept"] for row in chosen])
     with torch.no_grad():
         maps = torch.cat([basis.encode(a)[:, picks] for _, a in score.batches(score.images)])
