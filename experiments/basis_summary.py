@@ -30,9 +30,9 @@ def main() -> None:
         "`python experiments/basis_summary.py`, from the full tables of each layer (`basis-*.md`, where the rules, the",
         "shared threshold, the published one and the controls are). All methods at the mean on-rate r of `default`",
         "(tau 5, outside the published range) over the label rows, each direction by its own quantile. S1x: S1 less",
-        "chance; xl: less what the layout alone gives. +-: half of the 95 % t interval of S1x over seeds. Equal: S1x of",
-        "as many directions as there are labels (means of 100 draws). OR: recall of a label by any of its detectors,",
-        "less that of its best one.",
+        "chance; xl: less what the layout alone gives. +-: half of the 95 % t interval of S1x over seeds. Equal: S1x",
+        "of as many directions as there are labels (means of 100 draws). OR: recall of a label by any of its",
+        "detectors, less that of its best one.",
     ]
     for layer in LAYERS:
         path = HERE / f"basis-{layer}.json"
