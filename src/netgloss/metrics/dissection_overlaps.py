@@ -13,7 +13,6 @@ rules, S sets of columns, n some of N, s pixels between four cells.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,12 +66,13 @@ def overlaps(
     sparse = maps.device.type == "cpu" and maps.shape[2] * maps.shape[3] <= _FINE
     codes = _PixelCodes(columns) if sparse else None
     left = []
+    values_hwN = _cells_first(maps) if sparse else None
     for rule, threshold_I in enumerate(thresholds):
-        over_hwN = _cells_first(maps > threshold_I[:, None, None]) if codes is not None else None
-        if codes is None or over_hwN is None or over_hwN.mean() > _DENSE_FROM:
+        above_hwN = values_hwN - threshold_I.repeat(len(maps)).numpy() if values_hwN is not None else None
+        if codes is None or above_hwN is None or (above_hwN > 0).mean() > _DENSE_FROM:
             left.append(rule)
             continue
-        on = _pixels_that_are_on(maps, threshold_I, over_hwN, grid)
+        on = _pixels_that_are_on(above_hwN, grid)
         inside = None if within is None else within[rule]
         codes.count(*on, found[:, rule], inside, None if places is None else places[rule])
     if left:
@@ -80,23 +80,25 @@ def overlaps(
     return found
 
 
-def _pixels_that_are_on(
-    maps: Tensor, threshold_I: Tensor, over_hwN: npt.NDArray[np.bool_], grid: tuple[int, int]
-) -> tuple[Array, Array]:
-    """For each pixel that is on: which of the N = B I maps it is of, and its place 0 .. P - 1."""
-    values_hwN = _cells_first(maps.float())
-    threshold_N = threshold_I.repeat(len(maps)).numpy()
+def _pixels_that_are_on(above_hwN: npt.NDArray[np.float32], grid: tuple[int, int]) -> tuple[Array, Array]:
+    """For each pixel that is on: which of the N = B I maps it is of, and its place 0 .. P - 1.
+
+    ``above_hwN`` : what the cells are above their threshold.
+    """
+    over_hwN = above_hwN > 0
     which, pixels = [], []
-    across = _between(maps.shape[3], grid[1])
-    for top, bottom, rows, down in _between(maps.shape[2], grid[0]):
-        above_wN = over_hwN[top] | over_hwN[bottom]
+    across = _between(above_hwN.shape[1], grid[1])
+    for top, bottom, rows, down in _between(above_hwN.shape[0], grid[0]):
+        reach_wN = over_hwN[top] | over_hwN[bottom]
         for left, right, columns, along in across:
-            some_n = np.flatnonzero(above_wN[left] | above_wN[right])
+            some_n = np.flatnonzero(reach_wN[left] | reach_wN[right])
             if not len(some_n):
                 continue
-            corners_4n = np.stack([values_hwN[y, x].take(some_n) for y in (top, bottom) for x in (left, right)])
-            weights_s4 = np.einsum("ra,cb->rcab", down, along).reshape(-1, 4)
-            slot, place = np.divmod(np.flatnonzero(weights_s4 @ corners_4n > threshold_N.take(some_n)), len(some_n))
+            corners_4n = np.empty((4, len(some_n)), np.float32)
+            for corner, (y, x) in enumerate(((top, left), (top, right), (bottom, left), (bottom, right))):
+                above_hwN[y, x].take(some_n, out=corners_4n[corner], mode="clip")
+            weights_s4 = (down[:, None, :, None] * along[None, :, None, :]).reshape(-1, 4)
+            slot, place = np.divmod(np.flatnonzero(weights_s4 @ corners_4n > 0), len(some_n))
             which.append(some_n.take(place))
             pixels.append((rows[:, None] * grid[1] + columns).reshape(-1).take(slot))
     if not which:
@@ -104,9 +106,11 @@ def _pixels_that_are_on(
     return np.concatenate(which), np.concatenate(pixels)
 
 
-def _cells_first(maps: Tensor) -> npt.NDArray[Any]:
+def _cells_first(maps: Tensor) -> npt.NDArray[np.float32]:
     """(B, I, h, w) -> (h, w, N)."""
-    return maps.permute(2, 3, 0, 1).flatten(2).contiguous().numpy()
+    cells = maps.shape[2:]
+    found: npt.NDArray[np.float32] = maps.float().reshape(-1, cells.numel()).T.contiguous().numpy().reshape(*cells, -1)
+    return found
 
 
 def _count_densely(
