@@ -106,7 +106,7 @@ def fit_run(
     if cls.needs(config):
         wnids = imagenet_wnids(model.get("imagenet")) or []
         if stream.mask_labels:
-            config = dataclasses.replace(config, labels=stream.mask_labels)
+            config = dataclasses.replace(config, labels=stream.mask_labels)  # type: ignore[call-arg]
         config = cls.settle(config, class_names=names, wnids=wnids, decisions=stream.decisions(fit_images))
     shown = model.get("preprocessing", {})
     image = (shown["channels"], *shown["size"]) if shown else ()

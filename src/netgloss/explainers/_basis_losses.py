@@ -73,7 +73,7 @@ class _Assignment(torch.autograd.Function):
             on += is_on.sum(0)
             none += (is_on.sum(1) == 0).sum()
             left = 1 - y
-            if power_NI is not None:
+            if power_NI is not None and gamma is not None:
                 power = torch.mul(y * y, y, out=power_NI) if gamma == 3 else torch.exp(gamma * log_y, out=power_NI)
                 activity += power.sum(0)
                 power.mul_(left)

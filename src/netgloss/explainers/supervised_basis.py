@@ -155,10 +155,11 @@ class SupervisedBasis(LinearExplainer):
     @torch.no_grad()
     def fit_rows(self, rows: Rows, *, seed: int) -> None:
         """Fits every probe; ``rows`` must be :class:`LabelledRows`."""
-        if getattr(rows, "labelled", None) is None:
+        labelled = getattr(rows, "labelled", None)
+        if labelled is None:
             raise UserError("a supervised basis is fitted on annotated images only: rows came without labels")
         self._start(rows, at_least=2)
-        values, labels, counted, image = rows.labelled()
+        values, labels, counted, image = labelled()
         if labels.shape[1] != self.num_concepts:
             raise UserError(f"rows of {labels.shape[1]} labels do not fit the {self.num_concepts} named ones")
         _, mean, variance = feature_moments(map(self._finite, values.float().split(1 << 15)))
