@@ -354,6 +354,8 @@ class Demo:
         console().print(f"open {run.path / 'report.html'} in a browser")
 
 
+from netgloss.cli.compare import Compare  # noqa: E402  (it reads Model from this file)
+
 VERBS: dict[str, type] = {
     "layers": Layers,
     "explain": Explain,
@@ -365,5 +367,6 @@ VERBS: dict[str, type] = {
     "serve": Serve,
     "plan": Plan,
     "parts": Parts,
+    "compare": Compare,
     "demo": Demo,
 }

@@ -39,7 +39,7 @@ from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer
 from netgloss.metrics.base import Bounds, ImageMetric, Score, interval
 from netgloss.metrics.importance import Contributions, explain_class
-from netgloss.metrics.masking import Of, Value, class_value, linear_value, through
+from netgloss.metrics.masking import Of, Predict, Value, class_value, linear_value, through
 
 Mode = Literal["deletion", "insertion"]
 Ranking = Callable[[Contributions, Tensor], Tensor]
@@ -148,7 +148,9 @@ class RatioOfSums(ImageMetric):
 
 
 @dataclass(frozen=True)
-class _Quantity:
+class Quantity:
+    """What an area means, in any ranking."""
+
     higher_is_better: bool | None
     bounds: Bounds
     definition: str
@@ -160,24 +162,24 @@ _SHARED = (
     "its own random and reversed rankings, not between methods with different numbers of active concepts. If the score "
     "is affine in the concepts it cannot show more than how unequal their contributions are."
 )
-_QUANTITIES = {
-    "c_deletion": _Quantity(
+QUANTITIES = {
+    "c_deletion": Quantity(
         False, _EVERY, f"Area under the class's score as the most important concepts of an image are zeroed. {_SHARED}"
     ),
-    "c_insertion": _Quantity(
+    "c_insertion": Quantity(
         True, _EVERY, f"Area under the class's score as the most important concepts are put in alone. {_SHARED}"
     ),
-    "c_gain": _Quantity(
+    "c_gain": Quantity(
         True, _EVERY, f"Insertion area minus deletion area: 0 for a random ranking of the same concepts. {_SHARED}"
     ),
-    "c_carried": _Quantity(
+    "c_carried": Quantity(
         None,
         _EVERY,
         "How far all concepts together raise the class's score over no concepts, as a share of how far the "
         "classifier's own score lies above that. 1: the reconstruction loses nothing of it. The areas are relative to "
         "this part: alone they cannot show what the concepts miss, and directions without meaning have good ones.",
     ),
-    "surrogate_departure": _Quantity(
+    "surrogate_departure": Quantity(
         None,
         (0.0, torch.inf),
         "Mean distance between the measured deletion and insertion curves of the logit and those of base + sum of the "
@@ -224,6 +226,8 @@ class ConceptDeletion:
         concepts: Tensor,
         logits: Tensor,
         classes: Tensor | None = None,
+        *,
+        predict: Predict | None = None,
     ) -> None:
         """Add images.
 
@@ -232,9 +236,11 @@ class ConceptDeletion:
         index : (B,) each image's place in the data set.
         tail : activation -> logits. concepts : (B, K[, H, W]) of ``encode``. logits : (B, L) of the classifier.
         classes : (B,) or (B, J) classes to follow; default the predicted one. All J classes of an image count alike.
+        predict : what masked concepts give, where that is known more cheaply than from decoder and tail.
         """
-        chosen = logits.argmax(1) if classes is None else classes
-        found = [self._one_class(index, explainer, tail, concepts, logits, c) for c in chosen.reshape(len(index), -1).T]
+        chosen = (logits.argmax(1) if classes is None else classes).reshape(len(index), -1)
+        predict = predict or through(explainer, tail, logits)
+        found = [self._one_class(index, explainer, tail, concepts, logits, c, predict) for c in chosen.T]
         for key in found[0]:
             numerator, denominator = (torch.stack([one[key][i] for one in found]).sum(0) for i in (0, 1))
             if key not in self.areas:
@@ -249,10 +255,10 @@ class ConceptDeletion:
         concepts: Tensor,
         logits: Tensor,
         classes: Tensor,
+        predict: Predict,
     ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
         """``{(quantity, ranking): (numerator (B,), denominator (B,))}`` of one class an image (B,)."""
         parts = explain_class(explainer, tail, concepts, logits, classes)
-        predict = through(explainer, tail, logits)
         value = class_value(predict, concepts, classes, of=self.of, rows_per_call=self.rows_per_call)
         scores = logits.double() if self.of == "logit" else logits.double().softmax(1)
         own = scores.gather(1, classes[:, None])[:, 0].cpu()
@@ -296,7 +302,7 @@ def deletion_scores(runs: Sequence[ConceptDeletion]) -> list[Score]:
     """The records of the first ranking, from one :class:`ConceptDeletion` a seed, filled over the same images."""
     judged, *others = runs[0].rankings
     scores = []
-    for quantity, meaning in _QUANTITIES.items():
+    for quantity, meaning in QUANTITIES.items():
         if (quantity, judged) not in runs[0].areas:
             continue
         metrics = [run.areas[quantity, judged] for run in runs]
