@@ -77,10 +77,10 @@ class ConceptShapSpread(ImageMetric):
     bounds = (0.0, float("inf"))
     higher_is_better = None
     definition = (
-        "Concepts that share the completeness by ConceptSHAP: (sum |phi_k|)^2 / sum phi_k^2, 1 if one concept keeps all "
-        "predictions, K if all have equal shares. Labels are the classifier's own predictions, concepts out of the "
-        "subset are set to zero, orders are sampled above 12 concepts. It cannot show whether the concepts are the right "
-        "ones: directions without meaning share out what little they keep."
+        "Concepts that share the completeness by ConceptSHAP: (sum |phi_k|)^2 / sum phi_k^2, 1 if one concept keeps "
+        "all predictions, K if all have equal shares. Labels are the classifier's own predictions, concepts out of the "
+        "subset are set to zero, orders are sampled above 12 concepts. It cannot show whether the concepts are the "
+        "right ones: directions without meaning share out what little they keep."
     )
 
     def statistics(self, *, shares: Tensor) -> Tensor:
@@ -212,11 +212,8 @@ def measure_faithfulness(
         add("agreement_contribution_sobol", index, number=number)
     for quantity in QUANTITIES:
         for ranking, prefix in (("contribution", ""), ("random", RANDOM_RANKING)):
-            area = deletion.areas.get((quantity, ranking))
-            if area is not None:
-                metric = FAITHFULNESS[_named(quantity)](replicates=replicates)
-                metric.totals = area.totals
-                found[prefix + _named(quantity)] = metric
+            if (quantity, ranking) in deletion.areas:
+                found[prefix + _named(quantity)] = deletion.areas[quantity, ranking]
     return found
 
 

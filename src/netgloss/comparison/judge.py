@@ -1,9 +1,9 @@
 """Measures fits on the same held-out images, each once: what was measured is kept beside its content's hash.
 
 A :class:`Job` is one explainer with one question (scores, scores with shuffled codes, faithfulness, dissection). Its
-answer is, for every metric, the value and its bootstrap replicates; it is written as soon as it is known, under the hash
-of everything that it depends on. So an interrupted comparison continues, a second one with one method more measures
-that method only, and equal controls of several methods are measured once.
+answer is, for every metric, the value and its bootstrap replicates; it is written as soon as it is known, under the
+hash of everything that it depends on. So an interrupted comparison continues, a second one with one method more
+measures that method only, and equal controls of several methods are measured once.
 
 All pending jobs share the passes over the activations: a batch is read once, and only encoding, decoding and the tail
 run for each job.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ def _content(explainer: Explainer | None) -> Iterator[bytes]:
     if explainer is None:
         return
     yield type(explainer).__qualname__.encode()
+    yield Path(inspect.getfile(type(explainer))).read_bytes()
     yield json.dumps(dataclasses.asdict(explainer.config), default=str, sort_keys=True).encode()
     for name, value in sorted(explainer.state_dict().items()):
         yield name.encode()

@@ -32,8 +32,8 @@ class Comparison:
 
     Attributes
     ----------
-    record : everything, as ``comparison.json`` holds it: ``methods``, ``metrics``, ``scores`` and ``verdicts`` by method
-        and metric, ``differences`` by metric.
+    record : everything, as ``comparison.json`` holds it: ``methods``, ``metrics``, ``scores`` and ``verdicts`` by
+        method and metric, ``differences`` by metric.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:

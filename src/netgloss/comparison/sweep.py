@@ -31,11 +31,13 @@ def method_list(methods: str | Sequence[str]) -> list[str]:
 
     Raises
     ------
-    UserError : no method.
+    UserError : no method, or a name that is none.
     """
     given = methods.split(",") if isinstance(methods, str) else list(methods)
     names: dict[str, None] = {}
     for name in (part.strip() for part in given):
+        if name and name != "all":
+            find_explainer(name)
         built_in = sorted(explainer_names(), key=lambda known: (known in CONTROLS, known))
         names |= dict.fromkeys(built_in if name == "all" else [name] if name else [])
     if not names:
