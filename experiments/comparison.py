@@ -28,7 +28,7 @@ CONFIGS = {
     "batch-topk-sae": {"steps": 300, "batch_size": 1024},
     "jumprelu-sae": {"steps": 300, "batch_size": 1024},
     "basis": {"steps": 150, "batch_size": 2048},
-    "srae": {"joint": True, "num_concepts": 12, "steps": 300, "attempts": 1},
+    "srae": {"joint": True, "num_concepts": 12, "steps": 1000, "attempts": 1},
 }
 WITHOUT = {
     "features.18": {"basis": "1,280 features: about 2 s a step on one core, beyond this experiment's time"},

@@ -28,13 +28,14 @@ from netgloss.activations import CaptureOptions, Store, capture
 from netgloss.appraisal import make_tail, moments, split_store
 from netgloss.comparison.faithful import FaithfulnessOptions
 from netgloss.comparison.judge import Annotated, Bench, Job, answer_all, make_job
+from netgloss.comparison.networks import UNTRAINED, about_network, measure_network
 from netgloss.comparison.report import Comparison
 from netgloss.comparison.result import Entry, score_entries
-from netgloss.comparison.sweep import Configs, config_of, fill, fit_all, method_list
+from netgloss.comparison.sweep import Configs, fill, fit_all, method_list
 from netgloss.errors import UserError
 from netgloss.evaluation import dictionary_scores, make_controls
 from netgloss.explainers.base import Explainer
-from netgloss.pipeline import fit_run, open_sources, store_info
+from netgloss.pipeline import open_sources, store_info
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run, versions
 from netgloss.training import ActivationStream, make_fabric
@@ -181,15 +182,11 @@ def compare(
         progress,
     )
     _measure(bench, entries, fit_images)
-    networks = (
-        {} if options.network_images == 0 else {"untrained_network": classifier.untrained(seed=0), **(controls or {})}
-    )
+    networks = {} if options.network_images == 0 else {UNTRAINED: classifier.untrained(seed=0), **(controls or {})}
     for name, network in networks.items():
         if source is None:
             raise UserError("control networks need the images: say --images")
-        _control_network(
-            name, network, source, bench, entries, out, options, fabric, configs or {}, num_concepts, progress
-        )
+        measure_network(name, network, source, bench, entries, out, options.network_images, fabric, progress)
     questions = ["scores", "faithfulness", *(["dissection"] if bench.annotated else [])]
     record: dict[str, Any] = {
         "format_version": 1,
@@ -208,7 +205,7 @@ def compare(
         "store_address": captured.key.address,
         "options": {**dataclasses.asdict(options), "faithfulness": dataclasses.asdict(faithfulness)},
         "tail": {"mode": bench.tail.mode, "affine": bench.affine, "reason": bench.tail.reason},
-        "control_networks": {name: _about_network(name, network) for name, network in networks.items()},
+        "control_networks": {name: about_network(name, network) for name, network in networks.items()},
         "warnings": warnings,
         "methods": [entry.about() for entry in entries],
     }
@@ -360,86 +357,3 @@ def _annotated(
     data = MaskedLayer(captured, layer, pictures, classifier.preprocessing)
     label, score = split_annotated(data)
     return Annotated(data, label, score, captured.key.address, f"rate:{options.on_rate:g}")
-
-
-def _control_network(
-    name: str,
-    network: Classifier,
-    source: ImageSource,
-    bench: Bench,
-    entries: Sequence[Entry],
-    out: Path,
-    options: CompareOptions,
-    fabric: Any,
-    configs: Configs,
-    num_concepts: int,
-    progress: Progress,
-) -> None:
-    """Every method of the sweep on another network of the same architecture: one fit each, as a baseline."""
-    network = network.to(fabric.device)
-    count = min(options.network_images, len(source))
-    picks = np.sort(np.random.default_rng(0).choice(len(source), size=count, replace=False))
-    pictures = source.subset(picks)
-    place = out / "networks" / name
-    captured = capture(
-        network,
-        pictures,
-        [bench.name],
-        place / "activations.zarr",
-        options=CaptureOptions(dtype="float32"),
-        info=store_info(network, pictures),
-        progress=progress,
-    )
-    fit_images, heldout = split_store(captured)
-    if len(heldout) == 0:
-        return
-    other = dataclasses.replace(
-        bench,
-        store=captured,
-        classifier=network,
-        source=pictures,
-        tail=make_tail(network, bench.name, pictures),
-        judged=heldout,
-        folder=place / "measured",
-        faithfulness=FaithfulnessOptions(images=0),
-        annotated=None,
-    )
-    rows = [e for e in entries if not e.reason and e.kind == "method"]
-    for entry in rows:
-        try:
-            config = config_of(entry.method, {**configs, entry.method: entry.explainers[0].config}, num_concepts)
-            run = fit_run(
-                entry.method,
-                captured,
-                bench.name,
-                place / entry.name,
-                config=config,
-                seeds=1,
-                fabric=fabric,
-                progress=progress,
-            )
-            job = make_job(other, "scores", run.explainer, pooled=entry.pooled)
-            answers, reasons = answer_all(
-                other, [job], mean=lambda: moments(ActivationStream(captured, bench.name, fit_images))[0]
-            )
-            if reasons:
-                raise UserError(next(iter(reasons.values())))
-        except UserError as error:
-            entry.notes.append(f"{name}: {error}")
-            continue
-        if name == "untrained_network":  # it predicts nearly one class: scores of its logits would look perfect
-            answers = {key: _without_logits(answer) for key, answer in answers.items()}
-        entry.beside.setdefault(name, {})["scores"] = list(answers.values())
-
-
-def _without_logits(answer: Any) -> Any:
-    from netgloss.metrics import image_metrics
-
-    about_logits = {cls.name for cls in image_metrics() if "logits" in cls.inputs}
-    return dataclasses.replace(answer, numbers={n: v for n, v in answer.numbers.items() if n not in about_logits})
-
-
-def _about_network(name: str, network: Classifier) -> str:
-    if name == "untrained_network":
-        return "the same architecture with random weights (seed 0); scores of its logits are left out"
-    return f"{network.name}, weights {network.weights_hash[:12]}"

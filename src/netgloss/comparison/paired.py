@@ -29,6 +29,9 @@ from torch import Tensor
 from netgloss.errors import UserError
 from netgloss.metrics.base import ImageMetric, student_t
 
+ROUNDING = 1e-5
+"""Differences up to this are put down to rounding: an affine tail departs from its linear surrogate by about 1e-7."""
+
 Verdict = Literal["better", "worse", "higher", "lower", "same", "unknown"]
 
 
@@ -66,7 +69,7 @@ class Difference:
         """Of a against b: "same" if the interval holds 0; "higher" or "lower" where neither direction is better."""
         if not math.isfinite(self.low + self.high):
             return "unknown"
-        if self.low <= 0 <= self.high:
+        if self.low <= 0 <= self.high or max(abs(self.low), abs(self.high)) <= ROUNDING:
             return "same"
         if higher_is_better is None:
             return "higher" if self.value > 0 else "lower"

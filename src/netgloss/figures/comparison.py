@@ -113,10 +113,10 @@ def front(
     if len(best) > 1:
         line = sorted((p["x"]["value"], p["y"]["value"]) for p in best)
         axes.plot(*zip(*line, strict=True), color=VALUE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-    _label(axes, shown)
-    axes.margins(x=0.14, y=0.1)
+    axes.margins(x=0.16, y=0.1)
     axes.set_xlabel(x_label, fontsize=8.5, color=INK)
     axes.set_ylabel(y_label, fontsize=8.5, color=INK)
+    _label(axes, shown)
     return figure
 
 
@@ -132,15 +132,19 @@ def _undominated(points: Sequence[Mapping[str, Any]], x_higher: bool, y_higher: 
     return [point for point in points if not beaten(point)]
 
 
+_DROPS = (-3, -12, 6, -21, 15, -30, 24, -39)
+"""Heights of a name over its dot, in points, in the order tried."""
+
+
 def _label(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    """Names beside their dots; one whose place is taken moves down."""
+    """Names beside their dots; one whose place is taken moves up or down."""
     from matplotlib.transforms import Bbox
 
     figure = axes.figure
-    figure.canvas.draw()
+    figure.draw_without_rendering()  # lays the axes out, so that extents are the final ones
     taken: list[Any] = []
     for point in sorted(points, key=lambda p: -p["y"]["value"]):
-        for drop in (-3, -13, 7, -23, 17, -33, 27):
+        for drop in _DROPS:
             text = axes.annotate(
                 brief(point["name"], 24),
                 (point["x"]["value"], point["y"]["value"]),
@@ -151,7 +155,7 @@ def _label(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
                 parse_math=False,
             )
             box = text.get_window_extent()
-            if not any(Bbox.intersection(box, other) for other in taken) or drop == 27:
+            if not any(Bbox.intersection(box, other) for other in taken) or drop == _DROPS[-1]:
                 taken.append(box)
                 break
             text.remove()
