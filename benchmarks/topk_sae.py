@@ -1,6 +1,6 @@
 """A training step of TopKSAE against overcomplete's ``train_sae``: samples per processor second.
 
-    pip install --no-deps overcomplete==0.3.0 einops opencv-python-headless scikit-image
+    pip install --no-deps overcomplete==0.3.0 einops opencv-python-headless scikit-image lazy_loader imageio
     python benchmarks/topk_sae.py
 
 Both get the same batches, the same initial weights (tied, unit atoms), the same loss (mean squared error), Adam at the
@@ -52,6 +52,9 @@ def ours(start: torch.Tensor) -> TopKSAE:
 
 
 def theirs(start: torch.Tensor):
+    import matplotlib.cm
+
+    matplotlib.cm.get_cmap = matplotlib.colormaps.get_cmap  # gone from matplotlib, asked for at import by its plots
     from overcomplete.sae import TopKSAE as Theirs
     from overcomplete.sae.modules import MLPEncoder
 
@@ -138,11 +141,11 @@ def main() -> None:
     lines = [
         "# TopK SAE against overcomplete",
         "",
-        f"`{record['command']}`: {C} -> {K}, k = {TOP_K}, batches of {options.batch}, same start, loss, batches; one thread,",
-        f"turns of {options.steps} steps interleaved, {options.turns} turns after one to warm up; median (range).",
+        f"`{record['command']}`: {C} -> {K}, k = {TOP_K}, batches of {options.batch}, same start, loss and batches;",
+        f"one thread, {options.turns} turns of {options.steps} steps interleaved, after a warm-up; median (range).",
         f"torch {record['versions']['torch']}, overcomplete 0.3.0, load average {record['load']:.1f}.",
         "",
-        f"| | samples / processor second | (range) | times | loss, first step | loss, step {record['steps']} |",
+        f"| | samples / processor second | (range) | times | loss, step 1 | loss, step {record['steps']} |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in seconds.items():
@@ -152,8 +155,11 @@ def main() -> None:
             f"| {name} | {rate[name]:,.0f} | {ends[0]:,.0f} .. {ends[-1]:,.0f} | {times:.2f} | "
             f"{losses[name][0]:.5f} | {losses[name][-1]:.5f} |"
         )
-    lines += ["", "times: how many times faster netgloss is. The last losses differ a little, as ours projects the gradient of",
-              "the atoms onto their spheres and overcomplete rescales the atoms."]  # fmt: skip
+    lines += [
+        "",
+        "times: how many times faster netgloss is. The last losses differ a little, as ours projects the gradient",
+    ]
+    lines += ["of the atoms onto their spheres and overcomplete rescales the atoms."]
     (HERE / "topk_sae.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -137,8 +137,8 @@ def write(work: Path) -> None:
 
 
 def _brief(one) -> dict:
-    keep = ("created", "versions", "layer", "layer_shape", "num_fit", "num_judged", "num_faithfulness", "num_importances",
-            "options", "tail", "control_networks", "metrics", "differences", "seconds")  # fmt: skip
+    keep = ["created", "versions", "layer", "layer_shape", "num_fit", "num_judged", "num_faithfulness"]
+    keep += ["num_importances", "options", "tail", "control_networks", "metrics", "differences", "seconds"]
     record = {name: one.record[name] for name in keep}
     record["metrics"] = [{k: v for k, v in m.items() if k != "definition"} for m in record["metrics"]]
     record["differences"] = {
@@ -165,55 +165,53 @@ def _rounded(value):
 
 
 def _page(found, missing: list[str]) -> str:
-    some = next(iter(found.values())).record["versions"]
+    about = next(iter(found.values())).record["versions"]
     lines = [
         "# The matrix: all methods, all metrics",
         "",
-        "`python experiments/comparison.py --work runs/matrix`, then `--table`. Three seeds; 32 concepts where a method is free to",
-        f"choose. torch {some['torch']}, scikit-learn {some['scikit-learn']}. Value and 95 % interval over images and seeds. ≈: not",
-        "distinguishable from random; ↓: worse than random (paired bootstrap over images against random directions with as many",
-        "concepts and shuffled codes). All scores, controls and definitions: comparison.json. In words: docs/comparison.md.",
+        "`python experiments/comparison.py --work runs/matrix`, then `--table`. Three seeds; 32 concepts where a method",
+        f"is free to choose. torch {about['torch']}, scikit-learn {about['scikit-learn']}. Value and 95 % interval",
+        "over images and seeds. ≈: not distinguishable from random; ↓: worse than random (paired bootstrap over images",
+        "against random directions with as many concepts, and shuffled codes). comparison.json has all scores, controls",
+        "and definitions; docs/comparison.md says in words what this shows and what it does not.",
+        "",
+        f"Options that are not defaults: `{json.dumps(CONFIGS)}`.",
     ]
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
-    lines += [
-        "",
-        "## Methods told from random, by metric",
-        "",
-        "Methods (controls not counted) that beat random / all with the metric.",
-        "",
-    ]
+    lines += ["", "## Methods told from random, by metric", ""]
+    lines += ["Methods (controls not counted) that are better than random / all that have the metric.", ""]
     metrics = list(dict.fromkeys(m for one in found.values() for m in one.metrics))
-    lines += ["| metric | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
-    for metric in metrics:
-        counts = [next((m for m in one.record["metrics"] if m["name"] == metric), None) for one in found.values()]
-        lines.append(
-            f"| {metric} | "
-            + " | ".join("-" if c is None or not c["methods"] else f"{c['beat_random']}/{c['methods']}" for c in counts)
-            + " |"
-        )
+    lines += _table(
+        ["metric", *found], [[metric, *(_counts(one, metric) for one in found.values())] for metric in metrics]
+    )
     for cell, one in found.items():
         record = one.record
+        tail = f"{record['tail']['reason']}{' (affine)' if record['tail']['affine'] else ''}"
         lines += ["", f"## {cell}", ""]
         lines.append(
             f"{record['num_fit']} images to fit, {record['num_judged']} to judge, faithfulness on "
-            f"{record['num_faithfulness']}; {record['tail']['reason']}{' (affine)' if record['tail']['affine'] else ''}."
+            f"{record['num_faithfulness']}; {tail}."
         )
         shown = [metric for metric in SHOWN if metric in one.metrics]
-        lines += ["", "| method | K | seconds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 3) + "|"]
-        about = {m["name"]: m for m in record["methods"]}
-        for name in one.methods:
-            pooled = " (pooled)" if about[name]["reads"] == "pooled" else ""
-            cells_ = [one.cell(name, metric) for metric in shown]
-            lines.append(
-                f"| {name}{pooled} | {about[name]['num_concepts']} | {about[name]['fit_seconds']} | "
-                + " | ".join(cells_)
-                + " |"
-            )
-        lines += [f"- left out: {name}: {reason}" for name, reason in one.left_out.items()] and [""] + [
-            f"- left out: {name}: {reason}" for name, reason in one.left_out.items()
-        ]
+        rows = []
+        for m in record["methods"]:
+            if not m["reason"]:
+                name = m["name"] + (" (pooled)" if m["reads"] == "pooled" else "")
+                cells_ = [one.cell(m["name"], metric) for metric in shown]
+                rows.append([name, str(m["num_concepts"]), str(m["fit_seconds"]), *cells_])
+        lines += ["", *_table(["method", "K", "seconds", *shown], rows), ""]
+        lines += [f"- left out: {name}: {reason}" for name, reason in one.left_out.items()]
     return "\n".join(lines) + "\n"
+
+
+def _counts(one, metric: str) -> str:
+    found = next((m for m in one.record["metrics"] if m["name"] == metric), None)
+    return f"{found['beat_random']}/{found['methods']}" if found and found["methods"] else "-"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 
 def main() -> None:

@@ -1,19 +1,19 @@
 """NMF with Sobol importances against Craft-xai, on the same crops, rank and images.
 
     pip install --no-deps Craft-xai==0.0.3
-    python benchmarks/craft.py --checkpoint mobilenet_v2.pth --images imagenette/train/n03394916
+    python benchmarks/craft_nmf.py --checkpoint mobilenet_v2.pth --images imagenette/train/n03394916
 
-CRAFT fits NMF on mean-pooled activations of image crops, and estimates total Sobol indices of the concepts for one class
-from masks on whole images. Both sides read the same activations of the same crops and images (the network's own time is
-the same for both and is not counted), have one thread and take turns. Craft-xai runs as published: sklearn's NMF, its
-``transform`` and ``estimate_importance`` with nb_design points. Ours fits NMF with its own defaults (also sklearn's, from a
-random start), encodes by exact non-negative least squares, and
+CRAFT fits NMF on mean-pooled activations of image crops, and estimates total Sobol indices of the concepts for one
+class from masks on whole images. Both sides read the same activations of the same crops and images (the network's own
+time is the same for both and is not counted), have one thread and take turns. Craft-xai runs as published: sklearn's
+NMF, its ``transform`` and ``estimate_importance`` with nb_design points. Ours fits NMF with its own defaults (also
+sklearn's, from a random start), encodes by exact non-negative least squares, and
 
-- "closed form": reads the indices off the contributions, as tail and decoder are affine here (S_k = c_k^2 / sum c^2, exact);
+- "closed form": reads the indices off the contributions, as tail and decoder are affine here (S_k = c_k^2 / sum c^2);
 - "affine masks": asks the same number of masks of the affine function (K + 1 passes of the tail an image);
 - "every mask": sends every mask through the tail, as one must where the tail is not affine.
 
-R2 is of the crops' activations, each side with its own codes. Processor time. Writes benchmarks/craft.{md,json}.
+R2 is of the crops' activations, each side with its own codes. Processor time. Writes benchmarks/craft_nmf.{md,json}.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import os
 import statistics
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,23 @@ def activations(options: argparse.Namespace):
     return tail, torch.cat(found), maps, crops, chosen
 
 
-def their_side(crops, pooled, maps, tail, chosen: int, rank: int, points: int) -> dict[str, object]:
-    from craft import craft_torch
+def load_craft():
+    """Craft-xai's torch side; its sampler imports tensorflow, which this side does not use."""
+    import scipy.stats.qmc  # noqa: F401  (its sampler expects it to be loaded)
+    import sklearn.decomposition  # noqa: F401  (before a stand-in for tensorflow is there)
+
+    absent = "tensorflow" not in sys.modules
+    sys.modules.setdefault("tensorflow", types.ModuleType("tensorflow"))
+    try:
+        from craft import craft_torch
+    finally:
+        if absent:
+            del sys.modules["tensorflow"]
+    return craft_torch
+
+
+def their_side(crops, pooled, maps, tail, chosen: int, rank: int, points: int) -> dict:
+    craft_torch = load_craft()
 
     def replay(model, dataset, batch_size=128, resize=None, device="cpu"):
         return pooled if model == "network" else original(model, dataset, batch_size, resize, device)
@@ -100,7 +116,7 @@ def their_side(crops, pooled, maps, tail, chosen: int, rank: int, points: int) -
     return {"fit": fitted - began, "importances": done - fitted, "r2": r2(pooled, rebuilt), "importance": importance}
 
 
-def our_side(pooled, maps, tail, chosen: int, rank: int, points: int, how: str) -> dict[str, object]:
+def our_side(pooled, maps, tail, chosen: int, rank: int, points: int, how: str) -> dict:
     from netgloss.comparison.faithful import affine_predict
     from netgloss.explainers.base import LayerSpec
     from netgloss.explainers.nmf import NMF, NMFConfig
@@ -149,7 +165,7 @@ def main() -> None:
     tail, pooled, maps, crops, chosen = activations(options)
     maps_few = maps[: min(8, len(maps))]
     sides = {"Craft-xai": None, "closed form": None, "affine masks": None, "every mask": None}
-    table: dict[int, dict[str, list[dict[str, object]]]] = {}
+    table: dict[int, dict[str, list[dict]]] = {}
     for rank in options.ranks:
         table[rank] = {name: [] for name in sides}
         for _ in range(options.turns):
@@ -157,37 +173,38 @@ def main() -> None:
                 common = (maps_few, tail, chosen, rank, options.points)
                 found = their_side(crops, pooled, *common) if name == "Craft-xai" else our_side(pooled, *common, name)
                 table[rank][name].append(found)
-    command = " ".join(["python", "benchmarks/craft.py", *sys.argv[1:]])
+    command = " ".join(["python", "benchmarks/craft_nmf.py", *sys.argv[1:]])
     about = versions()
     lines = [
         "# NMF and Sobol importances against Craft-xai",
         "",
-        f"`{command}`: MobileNetV2 {LAYER}, one class of Imagenette, {len(pooled)} crops of {PATCH} px, importances of",
-        f"{len(maps_few)} images with {options.points} points; one thread, {options.turns} turns interleaved, medians of processor",
-        f"seconds without the network's own passes over crops and images. torch {about['torch']}, scikit-learn",
-        f"{about['scikit-learn']}, Craft-xai 0.0.3, load average {os.getloadavg()[0]:.1f}.",
+        f"`{command}`: MobileNetV2 {LAYER}, one class of Imagenette, {len(pooled)} crops of {PATCH} px,",
+        f"importances of {len(maps_few)} images with {options.points} points; one thread, {options.turns} turns",
+        "interleaved, medians of processor seconds without the network's passes over crops and images.",
+        f"torch {about['torch']}, scikit-learn {about['scikit-learn']}, Craft-xai 0.0.3,",
+        f"load average {os.getloadavg()[0]:.1f}.",
         "",
         "| rank | side | fit | importances | both | times | R2 of the crops |",
         "|---|---|---|---|---|---|---|",
     ]
-    record: dict[str, object] = {"command": command, "versions": about, "crops": len(pooled), "ranks": {}}
+    record: dict = {"command": command, "versions": about, "crops": len(pooled), "ranks": {}}
     for rank, by_side in table.items():
         totals = {}
         for name, found in by_side.items():
-            fit, imp = (statistics.median(float(f[part]) for f in found) for part in ("fit", "importances"))  # type: ignore[arg-type]
-            totals[name] = (fit, imp, float(found[0]["r2"]))  # type: ignore[arg-type]
+            fit, imp = (statistics.median(f[part] for f in found) for part in ("fit", "importances"))
+            totals[name] = (fit, imp, found[0]["r2"])
         base = totals["Craft-xai"]
         for name, (fit, imp, score) in totals.items():
             shown = name if name == "Craft-xai" else f"netgloss, {name}"
             ratio = (base[0] + base[1]) / (fit + imp)
             lines.append(f"| {rank} | {shown} | {fit:.2f} | {imp:.2f} | {fit + imp:.2f} | {ratio:.1f} | {score:.4f} |")
-        record["ranks"][rank] = {  # type: ignore[index]
+        record["ranks"][rank] = {
             name: [{k: (v.tolist() if hasattr(v, "tolist") else v) for k, v in f.items()} for f in found]
             for name, found in by_side.items()
         }
     lines += ["", "times: how many times faster than Craft-xai, fit and importances together."]
-    (HERE / "craft.md").write_text("\n".join(lines) + "\n")
-    (HERE / "craft.json").write_text(json.dumps(record, indent=1) + "\n")
+    (HERE / "craft_nmf.md").write_text("\n".join(lines) + "\n")
+    (HERE / "craft_nmf.json").write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(lines))
 
 
