@@ -2,8 +2,8 @@
 
     python experiments/control_networks.py --work DIR
 
-Two networks of the Critters architecture start from the same weights and see the same scenes in the same order as often;
-one learns the true labels, the other labels that were shuffled once. All methods are then compared on the first one;
+Two networks of the Critters architecture start from the same weights and see the same scenes in the same order as
+often; one learns the true labels, the other labels that were shuffled once. All methods are then compared on the first one;
 the same methods on the second one ("label_shuffled_network") and on the architecture with random weights
 ("untrained_network") stand beside, fitted on as many images. Nothing is tuned. Writes control-networks.{md,json}.
 """
@@ -121,8 +121,8 @@ def write(table, accuracies: dict, command: str, about: dict[str, str], options:
         "# Trained, label-shuffled and untrained networks",
         "",
         f"`{command}`: the Critters network, layer block5, {options.images} scenes, 12 concepts; three fits on the",
-        f"trained network, one on each control network, on as many images. torch {about['torch']}. Accuracy on the labels",
-        "of training and on unseen scenes: "
+        f"trained network, one on each control network, on as many images. torch {about['torch']}. Accuracy on the",
+        "labels of training and on unseen scenes: "
         + "; ".join(f"{n} {a['training labels']:.3f}, {a['unseen scenes']:.3f}" for n, a in accuracies.items())
         + ".",
         "",
