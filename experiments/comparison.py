@@ -171,9 +171,9 @@ def _page(found, missing: list[str]) -> str:
         "",
         "`python experiments/comparison.py --work runs/matrix`, then `--table`. Three seeds; 32 concepts where a",
         f"method is free to choose. torch {about['torch']}, scikit-learn {about['scikit-learn']}. Value and 95 %",
-        "interval over images and seeds. ≈: not distinguishable from random; ↓: worse than random (paired bootstrap over",
-        "images against random directions with as many concepts, and shuffled codes). comparison.json has all scores,",
-        "controls and definitions; docs/comparison.md says in words what this shows and what it does not.",
+        "interval over images and seeds. ≈: not distinguishable from random; ↓: worse than random (paired bootstrap",
+        "over images against random directions with as many concepts, and shuffled codes). comparison.json has all",
+        "scores, controls and definitions; docs/comparison.md says in words what this shows and what it does not.",
         "",
         f"Options that are not defaults: `{json.dumps(CONFIGS)}`.",
     ]

@@ -3,8 +3,8 @@
     python experiments/control_networks.py --work DIR
 
 Two networks of the Critters architecture start from the same weights and see the same scenes in the same order as
-often; one learns the true labels, the other labels that were shuffled once. All methods are then compared on the first one;
-the same methods on the second one ("label_shuffled_network") and on the architecture with random weights
+often; one learns the true labels, the other labels that were shuffled once. All methods are then compared on the
+first one; the same methods on the second one ("label_shuffled_network") and on the architecture with random weights
 ("untrained_network") stand beside, fitted on as many images. Nothing is tuned. Writes control-networks.{md,json}.
 """
 

@@ -355,6 +355,21 @@ def test_runs_of_other_layers_or_stores_are_refused(swept: tuple[Path, Compariso
         sweep(tmp_path / "x", ["nfm"])
 
 
+def test_faithfulness_joins_a_runs_scores(swept: tuple[Path, Comparison], capsys: pytest.CaptureFixture[str]) -> None:
+    out, first = swept
+    path = out / "runs" / "pca"
+    main(["evaluate", str(path), "--faithfulness", "--untrained-images", "0"])
+    assert "c_gain_logit" in capsys.readouterr().out
+    scores = {score.metric: score for score in netgloss.Run(path).scores}
+    assert {"r2", "c_carried_logit", "surrogate_departure", "agreement_contribution_sobol"} <= set(scores)
+    assert {"random_directions", "natural_axes", "random_ranking"} <= set(scores["c_deletion_logit"].baselines)
+    found = netgloss.faithfulness_run(netgloss.Run(path), options=LITTLE)
+    ours = {score.metric: score.value for score in found}
+    assert ours["c_gain_logit"] == first.score("pca", "c_gain_logit")["value"]  # type: ignore[index]
+    again = [score.metric for score in netgloss.Run(path).scores]
+    assert len(again) == len(set(again)) == len(scores)
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ _HOME = {
     "evaluate_run": "appraisal",
     "explain": "pipeline",
     "explainer_names": "explainers.base",
+    "faithfulness_run": "comparison",
     "find_explainer": "explainers.base",
     "fit_run": "pipeline",
     "list_layers": "classifiers",

@@ -201,6 +201,8 @@ class Evaluate:
     decoder: Path | None = None
     """Run folder of a cladec decoder of the same layer: shows each concept taken out and alone. A run that was
     evaluated before is not scored again."""
+    faithfulness: bool = False
+    """Also delete and insert concepts (C-deletion, ConceptSHAP, Sobol) on a part of the held-out images."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self) -> None:
@@ -236,7 +238,11 @@ class Evaluate:
                 store = Store.open(run.store)
                 decoder = Run(self.decoder)
                 show_concepts(run, decoder, store=store, source=source, classifier=classifier, progress=bars)
-            if (self.annotations or self.decoder) and (run.path / "report.html").exists():
+            if self.faithfulness:
+                from netgloss.comparison import faithfulness_run
+
+                faithfulness_run(run, source=source, classifier=run.classifier().to(fabric.device), progress=bars)
+            if (self.annotations or self.decoder or self.faithfulness) and (run.path / "report.html").exists():
                 run.write_report()
         print_scores(run)
 

@@ -25,16 +25,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from netgloss.activations import CaptureOptions, Store, capture
-from netgloss.appraisal import make_tail, moments, split_store
+from netgloss.appraisal import make_tail, split_store
 from netgloss.comparison.faithful import FaithfulnessOptions
-from netgloss.comparison.judge import Annotated, Bench, Job, answer_all, make_job
+from netgloss.comparison.judge import Annotated, Bench
+from netgloss.comparison.measuring import measure_entries
 from netgloss.comparison.networks import UNTRAINED, about_network, measure_network
 from netgloss.comparison.report import Comparison
 from netgloss.comparison.result import Entry, score_entries
 from netgloss.comparison.sweep import Configs, fill, fit_all, method_list
 from netgloss.errors import UserError
-from netgloss.evaluation import dictionary_scores, make_controls
-from netgloss.explainers.base import Explainer
 from netgloss.pipeline import open_sources, store_info
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run, versions
@@ -181,7 +180,7 @@ def compare(
         _annotated(annotations, classifier, layer, source, out, options, progress) if annotations else None,
         progress,
     )
-    _measure(bench, entries, fit_images)
+    measure_entries(bench, entries, fit_images)
     networks = {} if options.network_images == 0 else {UNTRAINED: classifier.untrained(seed=0), **(controls or {})}
     for name, network in networks.items():
         if source is None:
@@ -267,69 +266,6 @@ def _unique(entries: list[Entry]) -> list[Entry]:
         if seen[entry.name] > 1:
             entry.name = f"{entry.name}-{seen[entry.name]}"
     return entries
-
-
-def _measure(bench: Bench, entries: Sequence[Entry], fit_images: np.ndarray) -> None:
-    """Fills the entries' answers, and those of their controls."""
-    streams: dict[bool, ActivationStream] = {}
-    made: dict[tuple[bool, int, int], dict[str, list[Explainer]]] = {}
-    jobs: list[tuple[Entry, str, str, list[Job]]] = []  # entry, control or "", question, one job a fit
-    faithful = bench.faithfulness.images > 0
-
-    def stream(pooled: bool) -> ActivationStream:
-        if pooled not in streams:
-            streams[pooled] = ActivationStream(
-                bench.store, bench.name, fit_images, reads="pooled" if pooled else "rows"
-            )
-        return streams[pooled]
-
-    def ask(entry: Entry, control: str, question: Any, explainers: Sequence[Explainer | None], seed: int = 0) -> None:
-        found = [make_job(bench, question, e, pooled=entry.pooled, seed=seed) for e in explainers]
-        jobs.append((entry, control, question, found))
-
-    def controls_of(entry: Entry) -> dict[str, list[Explainer]]:
-        count = len(entry.seeds) if len(entry.seeds) > 1 else 3
-        key = (entry.pooled, entry.explainers[0].num_concepts, count)
-        if key not in made:
-            made[key] = make_controls(
-                stream(entry.pooled), entry.explainers[0].spec, num_concepts=key[1], seeds=list(range(count))
-            )
-        return made[key]
-
-    for entry in (e for e in entries if not e.reason):
-        rebuilds = entry.explainers[0].target == "activation"
-        controls = controls_of(entry)
-        for control, explainers in ({"": entry.explainers} | controls).items():
-            ask(entry, control, "scores", explainers)
-            if faithful and rebuilds:
-                ask(entry, control, "faithfulness", explainers[: bench.faithfulness.fits])
-            if bench.annotated is not None and not entry.pooled and entry.kind != "foreign":
-                ask(entry, control, "dissection", explainers)
-        if rebuilds:
-            ask(entry, "shuffled_codes", "shuffled", entry.explainers[:1], seed=entry.seeds[0])
-            ask(entry, "mean_activation", "mean", [None])
-        if all(e.dictionary is not None for e in entry.explainers):
-            scale = moments(stream(entry.pooled))[1].sqrt()
-            entry.dictionary = dictionary_scores(entry.explainers, controls, scale=scale)
-    for pooled in (False, True):
-        mine = [job for entry, _, _, found in jobs if entry.pooled == pooled for job in found]
-        answers, reasons = answer_all(bench, mine, mean=lambda pooled=pooled: moments(stream(pooled))[0].float())  # type: ignore[misc]
-        for entry, control, question, found in jobs:
-            if entry.pooled != pooled:
-                continue
-            failed = [reasons[job.key] for job in found if job.key in reasons]
-            if failed and not control:
-                note = f"{question} could not be measured: {failed[0]}"
-                entry.reason = note if question == "scores" else entry.reason
-                entry.notes.append(note)
-            if failed:
-                continue
-            told = [answers[job.key] for job in found]
-            under = "scores" if question in ("shuffled", "mean") else question
-            if control:
-                entry.beside.setdefault(control, {})[under] = told
-            else:
-                entry.answers[under] = told
 
 
 def _annotated(

@@ -25,6 +25,12 @@ from netgloss.metrics.base import ImageMetric, interval
 RANDOM = ("random_directions", "shuffled_codes")
 """Controls that a score must beat."""
 DISSECTION = "dissection_mean_iou"
+_FIRST = (
+    *("r2", "r2_feature_mean", "agreement", "kl", "accuracy_change", "completeness"),
+    *("l0", "l0_share", "hoyer", "dead_share", "stability", "collinearity", "collinearity_max", DISSECTION),
+    *("c_gain_logit", "c_insertion_logit", "c_deletion_logit", "c_carried_logit", "surrogate_departure"),
+)
+"""Metrics in the order in which they are shown; others follow."""
 _AGAINST = ("random_dictionary", "shuffled_dictionary", "random_directions")
 _DISSECTION_TEXT = (
     "Mean over concepts of the IoU with the part that they fit best on other annotated images, all methods at the same "
@@ -227,10 +233,11 @@ def _dictionary_verdict(score: Score) -> dict[str, Any]:
 def _metrics(
     scores: Mapping[str, Mapping[str, Any]], verdicts: Mapping[str, Mapping[str, Any]], entries: Sequence[Entry]
 ) -> list[dict[str, Any]]:
-    """Each metric once, in order of first use, with how many methods it tells from random."""
+    """Each metric once, the most asked first, with how many methods it tells from random."""
     methods = [entry.name for entry in entries if entry.kind != "control" and entry.name in scores]
     found = []
-    for metric in dict.fromkeys(metric for record in scores.values() for metric in record):
+    there = dict.fromkeys(metric for record in scores.values() for metric in record)
+    for metric in [*(m for m in _FIRST if m in there), *(m for m in there if m not in _FIRST)]:
         record = next(r[metric] for r in scores.values() if metric in r)
         marks = [verdicts[name][metric]["mark"] for name in methods if metric in scores[name]]
         counted = [mark for mark in marks if mark]

@@ -17,6 +17,8 @@ from netgloss.metrics.base import (
     image_score,
     interval,
 )
+from netgloss.metrics.completeness import Completeness, completeness, completeness_value
+from netgloss.metrics.concept_deletion import ConceptDeletion, deletion_scores, ranked_curve
 from netgloss.metrics.dictionary import (
     Collinearity,
     CollinearityMax,
@@ -34,6 +36,11 @@ from netgloss.metrics.faithfulness import (
     kl_divergence,
 )
 from netgloss.metrics.fidelity import R2, R2FeatureMean, r2_feature_mean, r2_per_feature, r2_score
+from netgloss.metrics.importance import contributions, explain_class
+from netgloss.metrics.importance_agreement import importance_agreement, rank_correlation
+from netgloss.metrics.masking import class_value, linear_value, masked_logits, through
+from netgloss.metrics.shapley import shapley
+from netgloss.metrics.sobol import sobol_total
 from netgloss.metrics.sparsity import L0, DeadShare, Hoyer, L0Share, dead_share, hoyer, l0
 from netgloss.metrics.stability import (
     CodeCorrelation,
@@ -56,6 +63,8 @@ __all__ = [
     "CodeCorrelation",
     "Collinearity",
     "CollinearityMax",
+    "Completeness",
+    "ConceptDeletion",
     "DeadShare",
     "DictionaryMetric",
     "Hoyer",
@@ -67,18 +76,27 @@ __all__ = [
     "UpperError",
     "accuracy_change",
     "agreement",
+    "class_value",
     "collinearity",
+    "completeness",
+    "completeness_value",
     "concept_stability",
+    "contributions",
     "cosines",
     "dead_share",
+    "deletion_scores",
     "dictionary_metrics",
     "dictionary_score",
+    "explain_class",
     "hoyer",
     "image_metrics",
     "image_score",
+    "importance_agreement",
     "interval",
     "kl_divergence",
     "l0",
+    "linear_value",
+    "masked_logits",
     "matched_similarity",
     "nearest_cosine",
     "pair_interval",
@@ -87,7 +105,12 @@ __all__ = [
     "r2_score",
     "random_dictionary",
     "random_stability",
+    "rank_correlation",
+    "ranked_curve",
+    "shapley",
     "shuffled_stability",
+    "sobol_total",
     "stability",
+    "through",
     "upper_error",
 ]
