@@ -95,13 +95,15 @@ def their_side(crops, pooled, maps, tail, chosen: int, rank: int, points: int) -
     craft_torch = load_craft()
 
     def replay(model, dataset, batch_size=128, resize=None, device="cpu"):
-        return pooled if model == "network" else original(model, dataset, batch_size, resize, device)
+        return pooled if model is network else original(model, dataset, batch_size, resize, device)
+
+    def network(images):
+        raise AssertionError("the network's activations are replayed")
 
     original = craft_torch._batch_inference
     craft_torch._batch_inference = replay
     try:
-        craft = craft_torch.Craft("network", tail, number_of_concepts=rank, patch_size=PATCH, device="cpu")
-        craft.input_to_latent = "network"
+        craft = craft_torch.Craft(network, tail, number_of_concepts=rank, patch_size=PATCH, device="cpu")
         pictures = torch.zeros(1, 3, 224, 224)  # crops come from the replay
         began = time.process_time()
         _, u, w = craft.fit(pictures)

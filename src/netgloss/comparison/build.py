@@ -109,6 +109,8 @@ def compare(
     """
     progress = progress or Silent()
     options = options or CompareOptions()
+    if controls and options.network_images == 0:
+        raise UserError("control networks need images: say how many by --network-images (network_images)")
     faithfulness = faithfulness or FaithfulnessOptions()
     fabric = make_fabric(device)
     out = Path(out)
