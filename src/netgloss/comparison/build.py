@@ -25,15 +25,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from netgloss.activations import CaptureOptions, Store, capture
-from netgloss.appraisal import make_tail, split_store
+from netgloss.appraisal import split_store
 from netgloss.comparison.faithful import FaithfulnessOptions
 from netgloss.comparison.judge import Annotated, Bench
 from netgloss.comparison.measuring import measure_entries
 from netgloss.comparison.networks import UNTRAINED, about_network, measure_network
 from netgloss.comparison.report import Comparison
 from netgloss.comparison.result import Entry, score_entries
-from netgloss.comparison.sweep import Configs, fill, fit_all, method_list
+from netgloss.comparison.sweep import Configs, config_of, fill, fit_all, method_list
 from netgloss.errors import UserError
+from netgloss.explainers.base import find_explainer
+from netgloss.fitting import make_tail, upper_layers
 from netgloss.pipeline import open_sources, store_info
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run, versions
@@ -124,7 +126,7 @@ def compare(
         captured = capture(
             classifier,
             source,
-            _layers(place, classifier.check_layer(layer)),
+            _layers(place, classifier, layer, method_list(methods) if methods else [], configs or {}, num_concepts),
             place,
             options=capture_options,
             info=store_info(classifier, source),
@@ -133,7 +135,7 @@ def compare(
     elif opened:
         first = opened[0]
         layer = layer or first.layer
-        captured = Store.open(store if store is not None else first.manifest["store"])
+        captured = Store.open(store if store is not None else first.store)
         captured.require_complete()
         classifier = (_classifier(model) if model is not None else first.classifier()).to(fabric.device)
     else:
@@ -142,6 +144,7 @@ def compare(
     _check_same(opened, captured, layer, classifier, source)
     entries = [_of_run(run) for run in opened]
     if methods:
+        assert source is not None
         entries += fit_all(
             method_list(methods),
             captured,
@@ -152,6 +155,8 @@ def compare(
             seeds=seeds,
             without=without or {},
             fabric=fabric,
+            classifier=classifier,
+            source=source,
             command=command,
             progress=progress,
         )
@@ -223,10 +228,21 @@ def _need_model(model: Any, layer: str | None, source: ImageSource | None) -> tu
     return model, layer, source
 
 
-def _layers(place: Path, layer: str) -> list[str]:
-    """The layers to capture: those of a store that holds the layer among others, else the layer."""
+def _layers(
+    place: Path, classifier: Classifier, layer: str, methods: Sequence[str], configs: Configs, num_concepts: int
+) -> list[str]:
+    """The layers to capture: those of a store that holds the layer, else the layer and those that methods rebuild."""
     held = Store.open(place).layers if place.exists() else []
-    return held if layer in held else [layer]
+    if classifier.check_layer(layer) in held:
+        return held
+    wanted = [layer]
+    for method in methods:
+        try:
+            cls = find_explainer(method)
+            wanted += upper_layers(cls, config_of(method, configs, num_concepts), classifier, layer)
+        except UserError:
+            continue  # the fit says why
+    return list(dict.fromkeys(wanted))
 
 
 def _classifier(model: Any) -> Classifier:

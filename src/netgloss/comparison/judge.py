@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,19 @@ from torch import Tensor
 from netgloss.comparison.faithful import FaithfulnessOptions, measure_faithfulness
 from netgloss.comparison.paired import Measured
 from netgloss.errors import UserError
-from netgloss.evaluation import Layer, LayerBatch, Rebuild, Rebuilt, mean_subject, measure, shuffled_subject
+from netgloss.evaluation import (
+    BATCH,
+    Layer,
+    LayerBatch,
+    Rebuild,
+    Rebuilt,
+    explainer_subject,
+    mean_subject,
+    measure,
+    shuffled_subject,
+)
 from netgloss.explainers.base import Explainer
+from netgloss.fitting import make_tail
 from netgloss.metrics.base import REPLICATES, ImageMetric
 from netgloss.metrics.importance import explain_class
 from netgloss.progress import Progress, Silent
@@ -48,6 +59,13 @@ FORMAT = 1
 """Goes into every hash: raised when what is measured changes."""
 
 Question = Literal["scores", "shuffled", "mean", "faithfulness", "dissection"]
+
+
+class View(NamedTuple):
+    """How a method sees the layer: its mean over the grid or whole, and with which layers above that it rebuilds."""
+
+    pooled: bool = False
+    above: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,13 +106,15 @@ class Bench:
         some = order[: self.faithfulness.images]
         count = min(self.faithfulness.importance_images, len(some))
         self.importance_images, self.deletion_images = np.sort(some[:count]), np.sort(some[count:])
-        self._held: dict[bool, _Held] = {}
+        self._held: dict[View, _Held] = {}
 
-    def layer(self, pooled: bool) -> Layer:
-        """The layer's held-out batches, kept in memory if they fit."""
-        if pooled not in self._held:
-            self._held[pooled] = _Held(self.store, self.name, self.tail, self.classifier, self.source, pooled)
-        return self._held[pooled]
+    def layer(self, view: View) -> Layer:
+        """The layer's held-out batches as some methods see them, kept in memory if they fit."""
+        if view not in self._held:
+            tail = make_tail(self.classifier, view.above[-1], self.source) if view.above else None
+            parts = (self.store, self.name, self.tail, self.classifier, self.source, view.pooled, view.above, tail)
+            self._held[view] = _Held(*parts)
+        return self._held[view]
 
     def images_of(self, question: Question) -> str:
         """Names the set of images that a question is about: only equal ones can be paired."""
@@ -110,18 +130,21 @@ class Bench:
 class _Held(Layer):
     """A :class:`Layer` whose batches stay in memory after the first pass, if they are small enough."""
 
-    def batches(self, images: np.ndarray, *, batch_size: int = 64) -> Iterator[LayerBatch]:
+    def batches(
+        self, images: np.ndarray, *, batch_size: int = BATCH, rank: int = 0, world: int = 1
+    ) -> Iterator[LayerBatch]:
         kept: dict[Any, list[LayerBatch]] = self.__dict__.setdefault("_kept", {})
-        key = (images.tobytes(), batch_size)
+        key = (images.tobytes(), batch_size, rank, world)
         if key in kept:
             yield from kept[key]
             return
         pixels = int(np.prod(self.classifier.input_shape)) if self.tail.mode != "graph" else 0
-        size = 4 * (int(np.prod(self.store.shapes[self.name])) + pixels) * len(images)
+        layers = sum(int(np.prod(self.store.shapes[name])) for name in (self.name, *self.above))
+        size = 4 * (layers + pixels) * len(images)
         if size > _HELD_BYTES:
-            yield from super().batches(images, batch_size=batch_size)
+            yield from super().batches(images, batch_size=batch_size, rank=rank, world=world)
             return
-        kept[key] = list(super().batches(images, batch_size=batch_size))
+        kept[key] = list(super().batches(images, batch_size=batch_size, rank=rank, world=world))
         yield from kept[key]
 
 
@@ -139,14 +162,14 @@ class Job:
 
     question: Question
     explainer: Explainer | None
-    pooled: bool
+    view: View
     key: str
     seed: int = 0
 
 
-def make_job(bench: Bench, question: Question, explainer: Explainer | None, *, pooled: bool, seed: int = 0) -> Job:
+def make_job(bench: Bench, question: Question, explainer: Explainer | None, *, view: View, seed: int = 0) -> Job:
     """A job with the hash of everything that its answer depends on."""
-    parts: list[Any] = [FORMAT, REPLICATES, question, bench.name, bench.images_of(question), pooled]
+    parts: list[Any] = [FORMAT, REPLICATES, question, bench.name, bench.images_of(question), *view]
     if question == "shuffled":
         parts.append(seed)
     if question == "faithfulness":
@@ -154,7 +177,7 @@ def make_job(bench: Bench, question: Question, explainer: Explainer | None, *, p
     if question == "dissection":
         assert bench.annotated is not None
         parts += [_digest(bench.annotated.label.tobytes()), bench.annotated.rule]
-    return Job(question, explainer, pooled, _digest(json.dumps(parts).encode(), *_content(explainer)), seed)
+    return Job(question, explainer, view, _digest(json.dumps(parts).encode(), *_content(explainer)), seed)
 
 
 def _content(explainer: Explainer | None) -> Iterator[bytes]:
@@ -201,11 +224,11 @@ def answer_all(
         else:
             pending.setdefault(job.key, job)
     in_passes = [job for job in pending.values() if job.question in ("scores", "shuffled", "mean")]
-    for pooled in (False, True):
-        layer = bench.layer(pooled)
+    for view in dict.fromkeys(job.view for job in in_passes):
+        layer = bench.layer(view)
         subjects: dict[str, Rebuild] = {}
         for job in in_passes:
-            if job.pooled == pooled:
+            if job.view == view:
                 try:
                     subjects[job.key] = _checked_subject(bench, job, layer, mean)
                 except Exception as error:
@@ -267,7 +290,7 @@ def _checked_subject(bench: Bench, job: Job, layer: Layer, mean: Callable[[], Te
     subject = (
         shuffled_subject(explainer, layer, bench.judged, seed=job.seed)
         if job.question == "shuffled"
-        else _subject(explainer, contributions=job.pooled)
+        else _subject(explainer, contributions=job.view.pooled)
     )
     with torch.no_grad():
         subject(next(iter(layer.batches(bench.judged))))
@@ -276,6 +299,8 @@ def _checked_subject(bench: Bench, job: Job, layer: Layer, mean: Callable[[], Te
 
 def _subject(explainer: Explainer, *, contributions: bool) -> Rebuild:
     """As ``evaluation.explainer_subject``, for codes made elsewhere too."""
+    if not hasattr(explainer, "concepts_of_images"):
+        return explainer_subject(explainer, contributions=contributions)
 
     def rebuild(batch: LayerBatch) -> Rebuilt:
         concepts = concepts_of(explainer, batch.index, batch.activation)
@@ -284,8 +309,8 @@ def _subject(explainer: Explainer, *, contributions: bool) -> Rebuild:
             values = explain_class(explainer, batch.tail, concepts, batch.logits, batch.logits.argmax(dim=1)).values
         return Rebuilt(
             concepts,
-            explainer.decode(concepts) if explainer.target == "activation" else None,
-            explainer.rebuilt_logits(concepts, batch.logits),
+            explainer.decode(concepts),
+            None,
             values,
         )
 
@@ -294,7 +319,7 @@ def _subject(explainer: Explainer, *, contributions: bool) -> Rebuild:
 
 def _faithfulness(bench: Bench, job: Job) -> dict[str, ImageMetric]:
     assert job.explainer is not None
-    explainer, layer = job.explainer.to(bench.classifier.device), bench.layer(job.pooled)
+    explainer, layer = job.explainer.to(bench.classifier.device), bench.layer(job.view)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor], bool]]:
         for images, importances in ((bench.importance_images, True), (bench.deletion_images, False)):

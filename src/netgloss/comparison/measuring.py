@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from netgloss.appraisal import moments
-from netgloss.comparison.judge import Bench, Job, Question, answer_all, make_job
+from netgloss.comparison.judge import Bench, Job, Question, View, answer_all, make_job
 from netgloss.comparison.result import Entry
 from netgloss.evaluation import dictionary_scores, make_controls
 from netgloss.explainers.base import Explainer
@@ -28,7 +28,7 @@ def measure_entries(
     """
     streams: dict[bool, ActivationStream] = {}
     first_and_second: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
-    made: dict[tuple[bool, int, int], dict[str, list[Explainer]]] = {}
+    made: dict[tuple[View, int, int], dict[str, list[Explainer]]] = {}
     jobs: list[tuple[Entry, str, str, list[Job]]] = []  # entry, control or "", question, one job a fit
     faithful = bench.faithfulness.images > 0
 
@@ -49,15 +49,15 @@ def measure_entries(
     ) -> None:
         if only not in (None, question):
             return
-        found = [make_job(bench, question, e, pooled=entry.pooled, seed=seed) for e in explainers]
+        found = [make_job(bench, question, e, view=entry.view, seed=seed) for e in explainers]
         jobs.append((entry, control, question, found))
 
     def controls_of(entry: Entry) -> dict[str, list[Explainer]]:
         count = len(entry.seeds) if len(entry.seeds) > 1 else 3
-        key = (entry.pooled, entry.explainers[0].num_concepts, count)
+        key = (entry.view, entry.explainers[0].num_concepts, count)
         if key not in made:
             made[key] = make_controls(
-                stream(entry.pooled), entry.explainers[0].spec, num_concepts=key[1], seeds=list(range(count))
+                stream(entry.view.pooled), entry.explainers[0].spec, num_concepts=key[1], seeds=list(range(count))
             )
         return made[key]
 
@@ -71,19 +71,19 @@ def measure_entries(
             ask(entry, control, "scores", explainers)
             if faithful and rebuilds:
                 ask(entry, control, "faithfulness", explainers[: bench.faithfulness.fits])
-            if bench.annotated is not None and not entry.pooled and entry.kind != "foreign":
+            if bench.annotated is not None and not entry.view.pooled and entry.kind != "foreign":
                 ask(entry, control, "dissection", explainers)
         if rebuilds:
             ask(entry, "shuffled_codes", "shuffled", entry.explainers[:1], seed=entry.seeds[0])
             ask(entry, "mean_activation", "mean", [None])
         if only is None and all(e.dictionary is not None for e in entry.explainers):
-            scale = mean_and_variance(entry.pooled)[1].sqrt()
+            scale = mean_and_variance(entry.view.pooled)[1].sqrt()
             entry.dictionary = dictionary_scores(entry.explainers, controls, scale=scale)
     for pooled in (False, True):
-        mine = [job for entry, _, _, found in jobs if entry.pooled == pooled for job in found]
+        mine = [job for entry, _, _, found in jobs if entry.view.pooled == pooled for job in found]
         answers, reasons = answer_all(bench, mine, mean=partial(mean_of, pooled))
         for entry, control, question, found in jobs:
-            if entry.pooled != pooled:
+            if entry.view.pooled != pooled:
                 continue
             failed = [reasons[job.key] for job in found if job.key in reasons]
             if failed and not control:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from netgloss.activations import CaptureOptions, capture
-from netgloss.appraisal import make_tail, moments, split_store
+from netgloss.appraisal import moments, split_store
 from netgloss.comparison.faithful import FaithfulnessOptions
 from netgloss.comparison.judge import Answer, Bench, answer_all, make_job
 from netgloss.comparison.result import Entry
 from netgloss.errors import UserError
+from netgloss.fitting import make_tail, upper_layers
 from netgloss.pipeline import fit_run, store_info
 from netgloss.progress import Progress
 from netgloss.training import ActivationStream
@@ -47,10 +48,13 @@ def measure_network(
     picks = np.sort(np.random.default_rng(0).choice(len(source), size=count, replace=False))
     pictures = source.subset(picks)
     place = out / "networks" / name
+    rows = [e for e in entries if not e.reason and e.kind == "method"]
+    asked = [upper_layers(type(e.explainers[0]), e.explainers[0].config, network, bench.name) for e in rows]
+    above = [layer for layers in asked for layer in layers]
     captured = capture(
         network,
         pictures,
-        [bench.name],
+        list(dict.fromkeys([bench.name, *above])),
         place / "activations.zarr",
         options=CaptureOptions(dtype="float32"),
         info=store_info(network, pictures),
@@ -70,7 +74,6 @@ def measure_network(
         faithfulness=FaithfulnessOptions(images=0),
         annotated=None,
     )
-    rows = [e for e in entries if not e.reason and e.kind == "method"]
     for entry in rows:
         try:
             run = fit_run(
@@ -81,9 +84,11 @@ def measure_network(
                 config=entry.explainers[0].config,
                 seeds=1,
                 fabric=fabric,
+                classifier=network,
+                source=pictures,
                 progress=progress,
             )
-            job = make_job(other, "scores", run.explainer, pooled=entry.pooled)
+            job = make_job(other, "scores", run.explainer, view=entry.view)
             answers, reasons = answer_all(
                 other, [job], mean=lambda: moments(ActivationStream(captured, bench.name, fit_images))[0]
             )

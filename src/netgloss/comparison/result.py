@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from netgloss.comparison.faithful import FAITHFULNESS, RANDOM_RANKING
-from netgloss.comparison.judge import Answer, together
+from netgloss.comparison.judge import Answer, View, together
 from netgloss.comparison.paired import Difference, Measured, difference
 from netgloss.explainers.base import Explainer
 from netgloss.metrics import Score, image_metrics
@@ -67,8 +67,10 @@ class Entry:
     dictionary: list[Score] = field(default_factory=list)
 
     @property
-    def pooled(self) -> bool:
-        return bool(self.explainers) and self.explainers[0].reads == "pooled"
+    def view(self) -> View:
+        """How its explainers see the layer."""
+        explainer = self.explainers[0]
+        return View(explainer.reads == "pooled", tuple(explainer.spec.upper) if explainer.target == "upper" else ())
 
     def about(self) -> dict[str, Any]:
         """What the record says of the row itself."""
@@ -153,7 +155,7 @@ def score_entries(entries: Sequence[Entry], images: Mapping[str, str], rule: str
         "metrics": _metrics(scores, verdicts, entries),
         "scores": scores,
         "verdicts": verdicts,
-        "differences": _differences(measured, known, {e.name: e.pooled for e in judged}),
+        "differences": _differences(measured, known, {e.name: e.view.pooled for e in judged}),
     }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from netgloss.activations import Store
-from netgloss.appraisal import make_tail, split_store
+from netgloss.appraisal import split_store
 from netgloss.comparison.faithful import FAITHFULNESS, FaithfulnessOptions
 from netgloss.comparison.judge import Bench
 from netgloss.comparison.measuring import measure_entries
 from netgloss.comparison.result import Entry, score_entries
 from netgloss.comparison.sweep import fill
 from netgloss.errors import UserError
+from netgloss.fitting import make_tail
 from netgloss.metrics import Score
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run
@@ -43,7 +44,7 @@ def faithfulness_run(
     UserError : the method does not rebuild the activation, or nothing could be measured.
     """
     progress = progress or Silent()
-    store = store or Store.open(run.manifest["store"])
+    store = store or Store.open(run.store)
     classifier = classifier or run.classifier()
     entry = Entry(run.path.name, run.method)
     fill(entry, run)

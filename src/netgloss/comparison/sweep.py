@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from netgloss.activations import Store
+    from netgloss.classifiers import Classifier
+    from netgloss.data import ImageSource
 
 CONTROLS = ("random-directions", "natural-axes")
 
@@ -56,7 +58,8 @@ def config_of(method: str, configs: Configs, num_concepts: int) -> ExplainerConf
     if unknown:
         raise UserError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(fields)}")
     values = dict(given)
-    free = fields["num_concepts"] != 0 and not cls.uses  # 0: the data decides; classes: that many each
+    of_classes = bool({"logits", "labels"} & set(cls.uses))  # so many concepts a class
+    free = fields["num_concepts"] != 0 and not of_classes  # 0: the data decide
     if free:
         values.setdefault("num_concepts", num_concepts)
         for name in ("top_k", "target_l0"):
@@ -76,6 +79,8 @@ def fit_all(
     seeds: int | Sequence[int],
     without: Mapping[str, str],
     fabric: Fabric,
+    classifier: Classifier,
+    source: ImageSource,
     command: str,
     progress: Progress,
 ) -> list[Entry]:
@@ -89,6 +94,8 @@ def fit_all(
             entry.reason = without[method]
             continue
         try:
+            if find_explainer(method).target == "image":
+                raise UserError("it decodes into images: netgloss evaluate scores it, by metrics of its own")
             config = config_of(method, configs, num_concepts)
             run = fit_run(
                 method,
@@ -98,6 +105,8 @@ def fit_all(
                 config=config,
                 seeds=seeds,
                 fabric=fabric,
+                classifier=classifier,
+                source=source,
                 command=command,
                 progress=progress,
             )
