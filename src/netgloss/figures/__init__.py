@@ -6,6 +6,15 @@ Arrays and plain records in, a ``Figure`` out; the caller saves it. :func:`to_sv
 from __future__ import annotations
 
 from netgloss.figures.charts import activation_histogram, class_concepts, history_curves, score_chart
+from netgloss.figures.consistency import (
+    accuracy_by_eps,
+    before_and_after,
+    consistency_histograms,
+    cosines_by_bin_chart,
+    heat_tile,
+    real_and_adversarial,
+    trace_figure,
+)
 from netgloss.figures.decoded import (
     READING,
     ConceptPictures,
@@ -24,18 +33,25 @@ __all__ = [
     "READING",
     "ConceptPictures",
     "Triple",
+    "accuracy_by_eps",
     "activation_histogram",
     "alpha_strip",
+    "before_and_after",
     "class_concepts",
     "concept_gallery",
     "concept_strip",
+    "consistency_histograms",
+    "cosines_by_bin_chart",
     "decoded_triples",
     "difference_map",
+    "heat_tile",
     "history_curves",
     "image_explanation",
     "layer_strip",
     "neighbour_strip",
     "overlay_map",
+    "real_and_adversarial",
     "score_chart",
     "to_svg",
+    "trace_figure",
 ]
