@@ -1,4 +1,4 @@
-"""ResNet-20 for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2), for ``--model experiments/cifar_resnet20.py:resnet20``.
+"""ResNet-20 for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2): ``--model experiments/cifar_resnet20.py:resnet20``.
 
 Names of the weights are those of github.com/akamaster/pytorch_resnet_cifar10; shortcuts that change the shape have no
 parameters (option A). Inputs are normalised with the constants of ImageNet, as that repository trains them.
@@ -38,7 +38,9 @@ class ResNet20(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         for number, (inputs, planes) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
-            blocks = [BasicBlock(inputs if i == 0 else planes, planes, 2 if i == 0 and number > 1 else 1) for i in range(3)]
+            blocks = [
+                BasicBlock(inputs if i == 0 else planes, planes, 2 if i == 0 and number > 1 else 1) for i in range(3)
+            ]
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         self.linear = nn.Linear(64, 10)
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from netgloss.metrics import Score
 
 FORMAT_VERSION = 1
+_MADE = ("explainer*.safetensors", "*.checkpoint.safetensors", "hardened-*.safetensors", "units.csv")
 _IDENTITY = ("method", "config", "layer", "seeds", "store_address")
 
 
@@ -135,7 +136,7 @@ class Run:
             run.remove_leftovers()
             asked = json.loads(to_json(fresh))
             differing = [name for name in _IDENTITY if run.manifest.get(name) != asked.get(name)]
-            if differing and (any(path.glob("explainer*.safetensors")) or any(path.glob("*.checkpoint.safetensors"))):
+            if differing and any(any(path.glob(pattern)) for pattern in _MADE):
                 said = "; ".join(f"{n}: {run.manifest.get(n)!r} there, {asked.get(n)!r} now" for n in differing)
                 raise UserError(f"{path} holds another run ({said}); choose another --out")
             if differing:  # nothing was fitted yet: a first try that was refused
@@ -295,11 +296,14 @@ class Run:
 
     def write_report(self) -> Path:
         """Renders report.html from what the folder holds."""
-        from netgloss.report import build_report
+        if self.method in ("consistency", "harden"):
+            from netgloss.report.adversarial import build_adversarial_report as build
+        else:
+            from netgloss.report import build_report as build
 
         self.remove_leftovers()
         path = self.path / "report.html"
-        write_atomically(path, build_report(self.path))
+        write_atomically(path, build(self.path))
         return path
 
     def __repr__(self) -> str:

@@ -1,9 +1,9 @@
 """Hardening: a network trained on with the consistent loss, or with one of the arms it is compared with.
 
-The losses are in ``adversarial/arms.py``. SGD with momentum 0.9, weight decay and a cosine schedule; eps and beta ramp up
-linearly in the first tenth of the steps. Real and adversarial images go through the network together. In fine-tuning
-the statistics of batch norms stay frozen (their weights learn); from scratch they are those of the joint batch. Crafting
-is in eval mode.
+The losses are in ``adversarial/arms.py``. SGD with momentum 0.9, weight decay and a cosine schedule; eps and beta ramp
+up linearly in the first tenth of the steps. Real and adversarial images go through the network together. In fine-tuning
+the statistics of batch norms stay frozen (their weights learn); from scratch they are those of the joint batch.
+Crafting is in eval mode.
 
 A tenth of the training images, equally many of every class, is held out. After every epoch at most 512 of them are
 checked: clean accuracy, FGSM-RS and PGD-20. The weights of the best epoch, by the mean of clean and PGD accuracy, are
@@ -111,6 +111,10 @@ class HardenConfig:
             raise UserError(f"holdout must lie between 0 and 1, got {self.holdout:g}")
 
 
+class DivergedError(UserError):
+    """The loss became NaN or Inf."""
+
+
 @dataclass(frozen=True)
 class Hardened:
     """What hardening gives.
@@ -161,7 +165,9 @@ def split_training(data: LabelledPixels, share: float, *, seed: int = 0) -> tupl
     for c in data.probe_labels.unique().tolist():
         own = (data.probe_labels == c).nonzero().squeeze(1)
         if len(own) < 2:
-            raise UserError(f"class {data.class_names[c]!r} has {len(own)} training image; hardening needs two at least")
+            raise UserError(
+                f"class {data.class_names[c]!r} has {len(own)} training image; hardening needs two at least"
+            )
         count = min(max(1, round(share * len(own))), len(own) - 1)
         held.append(own[torch.randperm(len(own), generator=generator)[:count]])
     heldout = torch.cat(held).sort()[0]
@@ -226,17 +232,16 @@ def harden(
 
     Raises
     ------
-    UserError : an unknown layer or arm, too few images, or a loss that is NaN or Inf (the step is named).
+    UserError : an unknown layer or arm, or too few images.
+    DivergedError : a loss that is NaN or Inf (the step is named).
     """
     config, options, progress = config or HardenConfig(), options or FitOptions(), progress or Silent()
     chosen = find_arm(arm)
     find_layer(classifier.net, layer)
     fit_index, held_index = split_training(data, config.holdout)
     start = classifier.untrained(seed) if config.from_scratch else classifier
-    net = copy.deepcopy(start.net).cpu().requires_grad_(True)
-    pixels = PixelClassifier(
-        net, classifier.preprocessing.mean, classifier.preprocessing.std, craft_layer=craft_layer
-    )
+    net = copy.deepcopy(start.net).cpu().requires_grad_(True).to(memory_format=torch.channels_last)
+    pixels = PixelClassifier(net, classifier.preprocessing.mean, classifier.preprocessing.std, craft_layer=craft_layer)
     fabric = fabric or make_fabric("cpu")
     loop = _Loop(HardeningStep(pixels, layer, arm, config), config, seed, len(fit_index), chosen.crafting)
     saved = checkpoint.load() if checkpoint is not None else None
@@ -248,7 +253,9 @@ def harden(
     finally:
         torch.set_rng_state(generator_state)
     net.load_state_dict(loop.best)
-    return Hardened(net.cpu().eval().requires_grad_(False), loop.checks, loop.best_epoch, loop.switched, loop.warnings())
+    return Hardened(
+        net.cpu().eval().requires_grad_(False), loop.checks, loop.best_epoch, loop.switched, loop.warnings()
+    )
 
 
 class _Loop:
@@ -364,7 +371,7 @@ def _train(
     config, arm = loop.config, loop.module.arm
     classes = data.labels.unique()
     held = data.subset(held_index).stratified(config.check_images)
-    module, loop.optimizer = fabric.setup(loop.module, loop.optimizer)  # type: ignore[assignment]
+    module, loop.optimizer = fabric.setup(loop.module, loop.optimizer)
     module.mark_forward_method("losses")
     pixels = loop.module.pixels
     if not loop.checks:
@@ -392,9 +399,9 @@ def _train(
         if not all(math.isfinite(v) for v in values.values()):
             told = ", ".join(f"{name} = {value}" for name, value in values.items())
             shown = ", ".join(data.ids[i] for i in index[:3].tolist())
-            raise UserError(
-                f"the loss of arm {_arm_name(arm)!r} became NaN or Inf at step {loop.step} ({told}; a batch with images "
-                f"{shown}): lower --lr"
+            raise DivergedError(
+                f"the loss of arm {_arm_name(arm)!r} became NaN or Inf at step {loop.step} ({told}; a batch with "
+                f"images {shown}): lower --lr"
             )
         fabric.backward(loss)
         loop.optimizer.step()

@@ -37,11 +37,9 @@ SLACK = 0.02
 class AttackPlan:
     """Which attacks a network is evaluated with, and how thoroughly."""
 
-    eps: float = 4.0
-    """Radius in 1/255 of the pixel range."""
     l2: float = 0.5
     """Radius of the L2 attack, in the pixel range [0, 1] (0.5 for 28 to 32 pixels, 3 for 224)."""
-    steps: int = 20
+    attack_steps: int = 20
     """Steps of PGD."""
     long_steps: int = 100
     """Steps of the long PGD; 0 leaves it out."""
@@ -53,14 +51,12 @@ class AttackPlan:
     """Run APGD-CE and APGD-T of AutoAttack as well (pip install 'netgloss[oracle]')."""
     autoattack_steps: int = 100
     """Their steps."""
-    batch_size: int = 64
-    """Images at a time."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps <= 255 or self.l2 < 0:
-            raise UserError(f"eps is in 1/255 of the pixel range and l2 not negative, got {self.eps:g} and {self.l2:g}")
-        if self.steps < 1 or self.restarts < 1 or self.batch_size < 1 or min(self.long_steps, self.feature_steps) < 0:
-            raise UserError("steps, restarts and batch_size must be at least 1, long_steps and feature_steps 0")
+        if min(self.attack_steps, self.restarts, self.autoattack_steps) < 1:
+            raise UserError("attack_steps, restarts and autoattack_steps must be at least 1")
+        if min(self.l2, self.long_steps, self.feature_steps) < 0:
+            raise UserError("l2, long_steps and feature_steps must not be negative")
 
 
 @torch.no_grad()
@@ -112,30 +108,32 @@ def robust_accuracies(
     x: Tensor,
     y: Tensor,
     *,
+    eps: float,
     plan: AttackPlan | None = None,
     layer: str | None = None,
     classes: list[int] | None = None,
     transfer: Tensor | None = None,
     seed: int = 0,
     ids: list[str] | None = None,
+    batch_size: int = 64,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Accuracies of pixels x (N, channels, H, W) of classes y (N,) by attack; only those that were run are there.
 
     Parameters
     ----------
+    eps : radius in pixels of [0, 1].
     layer : of the feature attack; None leaves it out.
     classes : among which the least likely one is sought; default all.
     transfer : (N, channels, H, W) images made from x against another network.
     """
     plan, progress = plan or AttackPlan(), progress or Silent()
     ids = [str(i) for i in range(len(x))] if ids is None else ids
-    eps, size = plan.eps / 255, plan.batch_size
-    common: dict[str, Any] = {"seed": seed, "ids": ids, "batch_size": size}
+    common: dict[str, Any] = {"seed": seed, "ids": ids, "batch_size": batch_size}
     noise = (x + random_start(x, eps, "linf", seed=seed, ids=ids)).clamp(0, 1)
 
     def several(starts: int, **options: Any) -> Callable[[], Tensor]:
-        inner: dict[str, Any] = {"eps": eps, "steps": plan.steps, **options}
+        inner: dict[str, Any] = {"eps": eps, "steps": plan.attack_steps, **options}
 
         def run() -> Tensor:
             return surviving(_single_pgd, classifier, x, y, restarts=starts, **common, **inner)
@@ -143,10 +141,10 @@ def robust_accuracies(
         return run
 
     runs: dict[str, Callable[[], Tensor]] = {
-        "clean": lambda: predictions(classifier, x, batch_size=size) == y,
-        "noise": lambda: predictions(classifier, noise, batch_size=size) == y,
+        "clean": lambda: predictions(classifier, x, batch_size=batch_size) == y,
+        "noise": lambda: predictions(classifier, noise, batch_size=batch_size) == y,
         "fgsm-rs": lambda: surviving(fgsm_rs, classifier, x, y, eps=eps, **common),
-        f"pgd-{plan.steps}": several(plan.restarts),
+        f"pgd-{plan.attack_steps}": several(plan.restarts),
         "pgd-l2": several(plan.restarts, eps=plan.l2, norm="l2"),
         "pgd 2 eps": several(1, eps=min(1.0, 2 * eps)),
         "pgd 64/255": several(1, eps=LARGE_EPS),
@@ -159,14 +157,23 @@ def robust_accuracies(
             feature, classifier, x, y, eps=eps, layer=layer, steps=plan.feature_steps, **common
         )
     if transfer is not None:
-        runs["transfer"] = lambda: predictions(classifier, transfer, batch_size=size) == y
+        runs["transfer"] = lambda: predictions(classifier, transfer, batch_size=batch_size) == y
     progress.start("attack", len(runs) + plan.autoattack, unit="attacks")
     found = {}
     for name, run in runs.items():
         found[name] = float(run().float().mean())
         progress.advance(note=f"{name}: {found[name]:.3f}")
     if plan.autoattack:
-        found |= autoattack_accuracies(classifier, x, y, eps=eps, steps=plan.autoattack_steps, restarts=plan.restarts, seed=seed, batch_size=size)
+        found |= autoattack_accuracies(
+            classifier,
+            x,
+            y,
+            eps=eps,
+            steps=plan.autoattack_steps,
+            restarts=plan.restarts,
+            seed=seed,
+            batch_size=batch_size,
+        )
         progress.advance(note=f"AutoAttack: {found['autoattack']:.3f}")
     progress.finish()
     return found

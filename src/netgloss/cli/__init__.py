@@ -68,6 +68,8 @@ def _dispatch(arguments: list[str]) -> None:
 
         parsed, options = _parse(verb, rest, VERBS[verb], CaptureOptions)
         parsed.run(options)
+    elif hasattr(VERBS[verb], "more"):
+        _run_with_more(verb, rest)
     else:
         tyro.cli(VERBS[verb], prog=f"netgloss {verb}", args=rest).run()
 
@@ -89,6 +91,14 @@ def _run_with_method(verb: str, rest: list[str]) -> None:
     )
 
 
+def _run_with_more(verb: str, rest: list[str]) -> None:
+    """A verb whose ``more()`` names dataclasses: their fields are flags, their values arguments of its ``run``."""
+    kinds = VERBS[verb].more()  # type: ignore[attr-defined]
+    joined = make_dataclass("More", [(name, Annotated[kind, FLAT]) for name, kind in kinds.items()])
+    parsed, more = _parse(verb, rest, VERBS[verb], joined)
+    parsed.run(**{name: getattr(more, name) for name in kinds})
+
+
 def _parse(what: str, arguments: list[str], verb: type, more: type) -> tuple[Any, Any]:
     """The verb's flags and those of a second dataclass (a method's config), side by side."""
     both = make_dataclass(
@@ -105,7 +115,7 @@ def _overview() -> str:
         "",
         "Explains trained image classifiers by concepts, and says how far each number can be trusted.",
         "",
-        *(f"  {name:<10}{(cls.__doc__ or '').strip()}" for name, cls in VERBS.items()),
+        *(f"  {name:<12}{(cls.__doc__ or '').strip()}" for name, cls in VERBS.items()),
         "",
         "--trust-code lets the run or store that a command reads name Python files to run (own networks and methods).",
         "netgloss COMMAND --help tells a command's flags. To begin: netgloss demo --out demo",

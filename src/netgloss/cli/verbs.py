@@ -361,6 +361,8 @@ class Demo:
 
 
 from netgloss.cli.compare import Compare  # noqa: E402  (it reads Model from this file)
+from netgloss.cli.consistency import Consistency  # noqa: E402
+from netgloss.cli.harden import Harden  # noqa: E402
 
 VERBS: dict[str, type] = {
     "layers": Layers,
@@ -374,5 +376,7 @@ VERBS: dict[str, type] = {
     "plan": Plan,
     "parts": Parts,
     "compare": Compare,
+    "consistency": Consistency,
+    "harden": Harden,
     "demo": Demo,
 }

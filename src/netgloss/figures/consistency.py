@@ -32,8 +32,8 @@ def heat_tile(
 ) -> npt.NDArray[np.uint8]:
     """An image (H, W[, 3]) with a unit's map (h, w) as heat and a white line where it reaches ``threshold``.
 
-    Images smaller than 96 pixels are enlarged by a whole factor. ``high`` is the top of the heat's scale; below 0 nothing
-    is drawn.
+    Images smaller than 96 pixels are enlarged by a whole factor. ``high`` is the top of the heat's scale; below 0
+    nothing is drawn.
     """
     rgb = _rgb(image)
     factor = max(1, math.ceil(_SMALLEST_TILE / min(rgb.shape[:2])))
@@ -85,7 +85,7 @@ def real_and_adversarial(
 def consistency_histograms(
     groups: Mapping[str, Sequence[float]], *, null: Sequence[float] = (), columns: int = 1
 ) -> Figure:
-    """Histograms of consis_cal with shared bins, one panel a group; ``null`` (random directions, say) as a grey outline.
+    """Histograms of consis_cal with shared bins, one panel a group; ``null`` (random directions) as a grey outline.
 
     The vertical line is 0, chance. Values that are not finite are left out.
     """
@@ -106,9 +106,7 @@ def consistency_histograms(
             axes.stairs(counts / len(chance), edges, color=BASELINE, linewidth=1.2)
         axes.axvline(0, color=INK, linewidth=0.8)
         mean = number(float(values.mean()) if len(values) else None)
-        axes.set_title(
-            f"{brief(name, 44)}: mean {mean}", fontsize=8.5, color=INK, loc="left", parse_math=False
-        )
+        axes.set_title(f"{brief(name, 44)}: mean {mean}", fontsize=8.5, color=INK, loc="left", parse_math=False)
         axes.set_xlabel("consis_cal" if i >= len(finite) - columns else "", fontsize=8, color=INK)
         axes.set_ylabel("share of units", fontsize=7.5, color=INK)
     return figure

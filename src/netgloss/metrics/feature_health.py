@@ -32,9 +32,7 @@ def effective_rank(features: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def class_mean_ratio(
-    adversarial: Tensor, real: Tensor, labels: Tensor, true: Tensor, targets: Tensor
-) -> Tensor:
+def class_mean_ratio(adversarial: Tensor, real: Tensor, labels: Tensor, true: Tensor, targets: Tensor) -> Tensor:
     """(M,) of adversarial features (M, D); ``real`` (N, D) with ``labels`` (N,) give the class means.
 
     Raises
@@ -79,7 +77,9 @@ def match_units(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     from scipy.optimize import linear_sum_assignment
 
     if before.shape != after.shape:
-        raise UserError(f"units to match need the same images and number, got {tuple(before.shape)}, {tuple(after.shape)}")
+        raise UserError(
+            f"units to match need the same images and number, got {tuple(before.shape)}, {tuple(after.shape)}"
+        )
     table = torch.nan_to_num(_standardised(before).T @ _standardised(after))
     _, columns = linear_sum_assignment(table.numpy(), maximize=True)
     chosen = torch.from_numpy(columns)

@@ -1,0 +1,54 @@
+"""``netgloss consistency``: do a network's units mean one thing, and do they still under attack?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from netgloss.cli.terminal import Bars, command_line, console, print_scores
+from netgloss.cli.verbs import FLAT, Device, Model
+
+
+@dataclass
+class Consistency:
+    """Score how consistent the units of a network are, on real images and on adversarial ones made from them."""
+
+    model: Annotated[Model, FLAT]
+    images: str
+    """Labelled images: a folder (sub-folders are classes), file.npz[:train|:test], timm:DATASET, critters[:N]."""
+    out: Path
+    """Run folder."""
+    layer: tuple[str, ...] = ()
+    """Layers whose channels are scored (see netgloss layers)."""
+    explainer: Path | None = None
+    """Score the concepts of this run folder instead, at its layer."""
+    device: Device = "auto"
+
+    @staticmethod
+    def more() -> dict[str, type]:
+        """The dataclasses whose fields are flags too, by the argument of :meth:`run`."""
+        from netgloss.consistency_probe import AffinityChoice, AttackChoice
+        from netgloss.consistency_run import ConsistencyOptions
+
+        return {"attack": AttackChoice, "affinity": AffinityChoice, "options": ConsistencyOptions}
+
+    def run(self, **more: Any) -> None:
+        from netgloss.appraisal import pick_device
+        from netgloss.consistency_run import consistency_run
+        from netgloss.data import open_images
+
+        with Bars() as bars:
+            run = consistency_run(
+                self.model.load(),
+                open_images(self.images),
+                self.layer,
+                out=self.out,
+                explainer=self.explainer,
+                device=str(pick_device(self.device)),
+                command=command_line(),
+                progress=bars,
+                **more,
+            )
+        print_scores(run)
+        console().print(f"units: {run.path / 'units.csv'}; report: {run.path / 'report.html'}")

@@ -1,0 +1,455 @@
+"""Measures how consistent a network's units are on real and adversarial images; definitions: ``metrics/consistency*``.
+
+One pass over real and adversarial images reads all layers at once; maps are never kept, only what a unit responds with.
+
+Shape letters: N real images, M adversarial ones, K concepts, U units, C classes of the probe set.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from netgloss.adversarial import (
+    AttackResult,
+    PixelClassifier,
+    assign_targets,
+    attack_in_batches,
+    feature,
+    fgsm,
+    fgsm_rs,
+    least_likely,
+    pgd,
+)
+from netgloss.adversarial.pixels import LabelledPixels
+from netgloss.classifiers.taps import Taps
+from netgloss.errors import UserError
+from netgloss.metrics.affinity import class_affinity
+from netgloss.metrics.consistency import Units, UnitScores, consistency, responses
+from netgloss.metrics.consistency_adversarial import Comparison, compare, compare_fooled, cosines_by_bin
+from netgloss.metrics.consistency_companions import kernel_agreement
+from netgloss.metrics.feature_health import class_mean_ratio, effective_rank, source_vs_nearest_target_ratio
+
+if TYPE_CHECKING:
+    from netgloss.classifiers import Classifier
+
+AttackName = Literal["pgd", "pgd-l2", "fgsm", "fgsm-rs", "least-likely", "feature", "none"]
+Encode = Callable[[Tensor], Tensor]
+DIRECTIONS = 256
+"""Random directions of the control, at most."""
+
+
+@dataclass(frozen=True)
+class AttackChoice:
+    """The adversarial images V of a consistency run."""
+
+    attack: AttackName = "pgd"
+    """pgd, pgd-l2, fgsm, fgsm-rs, least-likely, feature, or none (real images only)."""
+    eps: float = 8.0
+    """Radius in 1/255 of the pixel range before normalisation; for pgd-l2 the L2 radius in pixels of [0, 1]."""
+    steps: int = 20
+    """Steps of pgd and feature."""
+    restarts: int = 1
+    """Starts of pgd."""
+    untargeted: bool = False
+    """Only away from the true class; CS2 is blank then."""
+    craft_layer: str | None = None
+    """Layer that attacks differentiate instead of the logits, where a ReLU ends the network (SqueezeNet:
+    classifier.1)."""
+
+    @property
+    def radius(self) -> float:
+        """eps in pixels of [0, 1]."""
+        return self.eps if self.attack == "pgd-l2" else self.eps / 255
+
+
+@dataclass(frozen=True)
+class AffinityChoice:
+    """Where the affinity of classes comes from; the first that is given, else the classifier's WordNet ids, else the
+    class names if they are WordNet ids, else the identity."""
+
+    affinity: Path | None = None
+    """Matrix of classes by classes (.npy or .csv)."""
+    taxonomy: Path | None = None
+    """Hierarchy of the class names (JSON or CSV)."""
+    wnids: str | None = None
+    """WordNet 3.0 ids: a text file, one a line in the order of the classes or "name TAB wnid"; or cifar10."""
+    groups: Path | None = None
+    """JSON of class name to coarse group."""
+    data_noun: Path | None = None
+    """The data.noun of WordNet 3.0, for ids beyond ImageNet-1k and CIFAR-10."""
+    kernel: Literal["gauss", "exp", "path", "identity"] = "gauss"
+    """From distances to affinities."""
+
+    def build(self, classifier: Classifier, data: LabelledPixels) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """A by each kernel (``chosen``, ``gauss``, ``exp``, ``identity``), and where it comes from."""
+        options: dict[str, Any] = {"data_noun": self.data_noun}
+        wnids = None if self.wnids is None else _read_wnids(self.wnids, data.class_names)
+        if self.affinity is not None:
+            options["matrix"] = self.affinity
+        elif self.taxonomy is not None:
+            options["taxonomy"] = self.taxonomy
+        elif wnids is not None:
+            options["wnids"] = wnids
+        elif self.groups is not None:
+            options["groups"] = _read_groups(self.groups)
+        elif classifier.wnids is not None:
+            options["wnids"] = [classifier.wnids[c] for c in data.net_classes.tolist()]
+        elif all(len(n) == 9 and n[0] == "n" and n[1:].isdigit() for n in data.class_names):
+            options["wnids"] = list(data.class_names)
+        tables: dict[str, np.ndarray] = {}
+        provenance: dict[str, Any] = {}
+        for name in dict.fromkeys([str(self.kernel), "gauss", "exp", "identity"]):
+            tables[name], found = class_affinity(data.class_names, kernel=name, **options)
+            provenance = provenance or found
+        provenance["wnids"] = options.get("wnids")
+        return {"chosen": tables[self.kernel], **tables}, provenance
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """V and what is known of it.
+
+    Attributes
+    ----------
+    found : images of 8 bits; predictions are the classifier's classes.
+    targets : (M,) target classes of the probe set, or None.
+    """
+
+    found: AttackResult
+    targets: Tensor | None
+
+
+def attack_probe(
+    pixels: PixelClassifier,
+    data: LabelledPixels,
+    choice: AttackChoice,
+    *,
+    seed: int = 0,
+    layer: str | None = None,
+    batch_size: int = 32,
+) -> Adversarial | None:
+    """One adversarial image for each of R, against this network; None for the attack "none".
+
+    Targets are classes of the probe set, pairs (true, target) as even as can be. ``layer`` is where the feature attack
+    works.
+    """
+    if choice.attack == "none":
+        return None
+    device = pixels.mean.device
+    common: dict[str, Any] = {"eps": choice.radius, "batch_size": batch_size}
+    targets = None
+    if not choice.untargeted and choice.attack not in ("least-likely", "feature"):
+        targets = assign_targets(data.probe_labels, classes=range(len(data.class_names)), seed=seed, ids=data.ids)
+        common["targets"] = data.net_classes[targets].to(device)
+    attacks: dict[str, tuple[Callable[..., AttackResult], dict[str, Any]]] = {
+        "fgsm": (fgsm, {}),
+        "fgsm-rs": (fgsm_rs, {"seed": seed}),
+        "pgd": (pgd, {"steps": choice.steps, "restarts": choice.restarts, "seed": seed}),
+        "pgd-l2": (pgd, {"steps": choice.steps, "restarts": choice.restarts, "seed": seed, "norm": "l2"}),
+        "least-likely": (least_likely, {"classes": data.net_classes.tolist(), "seed": seed}),
+        "feature": (feature, {"layer": layer, "steps": choice.steps, "seed": seed}),
+    }
+    attack, own = attacks[choice.attack]
+    x, y = data.pixels().to(device), data.labels.to(device)
+    found = attack_in_batches(attack, pixels, x, y, ids=data.ids, **common, **own)
+    parts = [
+        dataclasses.replace(found, **_rows(found, part)).rounded(pixels, x[part], y[part])
+        for part in torch.arange(len(x)).split(batch_size)
+    ]
+    found = AttackResult.join(parts)
+    if choice.attack == "least-likely":
+        assert found.targets is not None
+        place = {int(c): i for i, c in enumerate(data.net_classes)}
+        targets = torch.tensor([place[int(t)] for t in found.targets])
+    return Adversarial(found, targets)
+
+
+@torch.no_grad()
+def read_layers(
+    pixels: PixelClassifier,
+    images: Tensor,
+    readers: Mapping[str, Callable[[dict[str, Tensor]], Tensor]],
+    layers: Sequence[str],
+    *,
+    batch_size: int = 32,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What each reader makes of the layers' outputs, joined over images (N, channels, H, W), on the CPU; and logits
+    (N, classes)."""
+    found: dict[str, list[Tensor]] = {name: [] for name in readers}
+    logits = []
+    with Taps(pixels.net, layers, stop=False) as taps:
+        for part in images.split(batch_size):
+            outputs = taps(pixels.normalise(part.to(pixels.mean.device)))
+            logits.append(taps.logits.float().cpu())
+            for name, reader in readers.items():
+                found[name].append(reader(outputs).float().cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(logits)
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Everything measured of one layer.
+
+    Attributes
+    ----------
+    units : concept and pole of each of U units. real, adversarial : responses (N, U) and (M, U).
+    scores : on R. comparison, fooled : with V, on all of it and on what reached its target; None where not measured.
+    random, untrained : the same of random directions (their scores on R and V), and of the untrained network.
+    agreement : Spearman correlation of consis between kernels.
+    bins : means of the cosines by quantile bin of consis on R.
+    health : norms, effective rank and distance ratios of the layer's features.
+    """
+
+    layer: str
+    units: Units
+    real: Tensor
+    adversarial: Tensor | None
+    scores: UnitScores
+    comparison: Comparison | None
+    fooled: Comparison | None
+    random: dict[str, Tensor] = field(default_factory=dict)
+    untrained: float | None = None
+    agreement: dict[str, float] = field(default_factory=dict)
+    bins: list[dict[str, float]] = field(default_factory=list)
+    health: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers of the layer, ready for JSON."""
+        return {
+            **self.scores.summary(),
+            "attack": None if self.comparison is None else self.comparison.summary(),
+            "fooled": None if self.fooled is None else self.fooled.summary(),
+            **{f"random_{name}": _mean(values) for name, values in self.random.items()},
+            "untrained": self.untrained,
+            "kernels": self.agreement,
+            "health": self.health,
+        }
+
+
+def measure_layers(
+    pixels: PixelClassifier,
+    data: LabelledPixels,
+    layers: Sequence[str],
+    affinities: Mapping[str, np.ndarray],
+    *,
+    adversarial: Adversarial | None,
+    encoders: Mapping[str, Encode] | None = None,
+    untrained: PixelClassifier | None = None,
+    controls: bool = True,
+    pooling: Literal["max", "mean"] = "max",
+    k: int | None = None,
+    null_draws: int = 2000,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> tuple[dict[str, LayerResult], dict[str, Tensor]]:
+    """Units of several layers on R = ``data`` and on V.
+
+    Parameters
+    ----------
+    affinities : as :meth:`AffinityChoice.build` gives them.
+    encoders : by layer, an explainer's ``encode``; default the layer's channels.
+    untrained : the network with random weights, as a control.
+    controls : measure random directions too.
+
+    Returns
+    -------
+    The layers' results, and logits of R (``"real"``) and V (``"adversarial"``).
+    """
+    encoders = encoders or {}
+    sets = {"real": data.pixels()}
+    if adversarial is not None:
+        sets["adversarial"] = adversarial.found.images
+    readers: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {}
+    for layer in layers:
+        readers[f"units {layer}"] = _responses_of(layer, encoders.get(layer), pooling)
+        readers[f"mean {layer}"] = _mean_of(layer)
+    tables: dict[str, dict[str, Tensor]] = {}
+    logits = {}
+    for name, images in sets.items():
+        tables[name], logits[name] = read_layers(pixels, images, readers, layers, batch_size=batch_size)
+    directions: dict[str, dict[str, Tensor]] = {}
+    if controls:
+        turned = {
+            layer: _directions_of(layer, tables["real"][f"mean {layer}"].mean(0), seed, pooling) for layer in layers
+        }
+        for name, images in sets.items():
+            directions[name], _ = read_layers(pixels, images, turned, layers, batch_size=batch_size)
+    bare: dict[str, Tensor] = {}
+    if untrained is not None:
+        bare, _ = read_layers(
+            untrained,
+            sets["real"],
+            {n: r for n, r in readers.items() if n.startswith("units")},
+            layers,
+            batch_size=batch_size,
+        )
+    sources = torch.arange(len(data))
+    results = {}
+    for layer in layers:
+        both = [tables[name][f"units {layer}"] for name in sets]
+        units = Units.of(*both)
+        chosen = [units.select(table) for table in both]
+        options: dict[str, Any] = {"k": k, "seed": seed, "null_draws": null_draws}
+        comparison, fooled = _compared(chosen, data, sources, affinities, adversarial, options)
+        scores = consistency(chosen[0], data.probe_labels, affinities["chosen"], **options)
+        random: dict[str, Tensor] = {}
+        if controls:
+            turned_both = [directions[name][layer] for name in sets]
+            turned_units = Units.of(*turned_both)
+            turned_values = [turned_units.select(table) for table in turned_both]
+            quiet = {**options, "null_draws": 0}
+            random["real"] = _live(consistency(turned_values[0], data.probe_labels, affinities["chosen"], **quiet))
+            if len(turned_values) > 1:
+                random["adversarial"] = _live(
+                    consistency(turned_values[1], data.probe_labels, affinities["chosen"], **quiet)
+                )
+        floor = None
+        if untrained is not None:
+            table = bare[f"units {layer}"]
+            quiet = {**options, "null_draws": 0}
+            floor = _mean(
+                _live(consistency(Units.of(table).select(table), data.probe_labels, affinities["chosen"], **quiet))
+            )
+        kernels = {name: affinities[name] for name in ("gauss", "exp", "identity")}
+        results[layer] = LayerResult(
+            layer=layer,
+            units=units,
+            real=chosen[0],
+            adversarial=chosen[1] if len(chosen) > 1 else None,
+            scores=scores,
+            comparison=comparison,
+            fooled=fooled,
+            random=random,
+            untrained=floor,
+            agreement=kernel_agreement(scores, kernels),
+            bins=[] if comparison is None else cosines_by_bin(comparison),
+            health=_health(tables, layer, data, adversarial),
+        )
+    return results, logits
+
+
+def network_mean(results: Mapping[str, LayerResult]) -> dict[str, float]:
+    """Mean over the declared layers of their mean consis_cal, on R and where measured on V (the published rule is
+    unknown)."""
+    found = {"real": _mean(torch.tensor([r.scores.summary()["consis_cal"] for r in results.values()]))}
+    compared = [r.comparison.summary() for r in results.values() if r.comparison is not None]
+    if compared:
+        found |= {
+            name: _mean(torch.tensor([c[f"consis_cal_{name}"] for c in compared])) for name in ("adversarial", "union")
+        }
+    return found
+
+
+def _compared(
+    chosen: list[Tensor],
+    data: LabelledPixels,
+    sources: Tensor,
+    affinities: Mapping[str, np.ndarray],
+    adversarial: Adversarial | None,
+    options: dict[str, Any],
+) -> tuple[Comparison | None, Comparison | None]:
+    if adversarial is None:
+        return None, None
+    common: dict[str, Any] = {**options, "cross_affinity": affinities["exp"], "targets": adversarial.targets}
+    r, v = chosen
+    everything = compare(r, v, data.probe_labels, sources, affinities["chosen"], **common)
+    if adversarial.targets is None:
+        return everything, None
+    fooled = adversarial.found.success.cpu()
+    if not fooled.any():
+        return everything, None
+    part = compare_fooled(r, v, data.probe_labels, sources, affinities["chosen"], fooled=fooled, **common)
+    return everything, part
+
+
+def _health(
+    tables: Mapping[str, dict[str, Tensor]], layer: str, data: LabelledPixels, adversarial: Adversarial | None
+) -> dict[str, float]:
+    """Of the layer's features averaged over the grid."""
+    real = tables["real"][f"mean {layer}"]
+    found = {"feature_norm": float(real.norm(dim=1).mean()), "effective_rank": effective_rank(real)}
+    if adversarial is not None and adversarial.targets is not None:
+        fake, labels = tables["adversarial"][f"mean {layer}"], data.probe_labels
+        found["class_mean_ratio"] = float(class_mean_ratio(fake, real, labels, labels, adversarial.targets).mean())
+        found["source_vs_nearest_target_ratio"] = float(
+            source_vs_nearest_target_ratio(fake, real, labels, torch.arange(len(data)), adversarial.targets).mean()
+        )
+    return found
+
+
+def _responses_of(
+    layer: str, encode: Encode | None, pooling: Literal["max", "mean"]
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda outputs: responses(outputs[layer] if encode is None else encode(outputs[layer]), pooling=pooling)
+
+
+def _mean_of(layer: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda outputs: outputs[layer].reshape(*outputs[layer].shape[:2], -1).mean(2)
+
+
+def _directions_of(
+    layer: str, mean: Tensor, seed: int, pooling: Literal["max", "mean"]
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Responses of orthonormal random directions of the centred activation."""
+    drawn = torch.randn(len(mean), min(DIRECTIONS, len(mean)), generator=torch.Generator().manual_seed(seed))
+    basis_CK = torch.linalg.qr(drawn)[0]
+
+    def read(outputs: dict[str, Tensor]) -> Tensor:
+        values = outputs[layer]
+        turned = torch.tensordot(
+            (values - mean.to(values).reshape(-1, *([1] * (values.ndim - 2)))).movedim(1, -1), basis_CK.to(values), 1
+        )
+        return responses(turned.movedim(-1, 1), pooling=pooling)
+
+    return read
+
+
+def _rows(found: AttackResult, part: Tensor) -> dict[str, Any]:
+    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    return {name: None if value is None else value[part] for name, value in values.items()}
+
+
+def _live(scores: UnitScores) -> Tensor:
+    return scores.calibrated[scores.live]
+
+
+def _mean(values: Tensor) -> float:
+    kept = values[~values.isnan()]
+    return float(kept.double().mean()) if len(kept) else math.nan
+
+
+def _read_wnids(spec: str, class_names: Sequence[str]) -> list[str] | dict[str, str]:
+    path = Path(spec)
+    if spec in ("cifar10", "imagenet1k"):
+        path = Path(__file__).parent / "data" / f"wnids_{spec}.txt"
+    try:
+        rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t") if row]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"WordNet ids {spec!r} cannot be read as a text file ({error})") from error
+    if all(len(row) == 2 for row in rows):
+        return {row[0]: row[1] for row in rows}
+    ids = [row[0] for row in rows]
+    if len(ids) != len(class_names):
+        raise UserError(f"{spec} has {len(ids)} WordNet ids, the images have {len(class_names)} classes")
+    return ids
+
+
+def _read_groups(path: Path) -> dict[str, str | int]:
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the coarse groups {path} cannot be read as JSON: {error}") from error
+    if not isinstance(groups, dict) or not all(isinstance(v, str | int) for v in groups.values()):
+        raise UserError(f"the coarse groups {path} must be a JSON object of class name to group")
+    return groups

@@ -1,0 +1,346 @@
+"""``netgloss consistency`` as a whole, its figures, the adaptive attack and the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from netgloss import figures
+from netgloss.adversarial import PixelClassifier, assign_targets, pgd
+from netgloss.adversarial.adaptive import adaptive_pgd
+from netgloss.adversarial.pixels import load_pixels
+from netgloss.classifiers import Classifier, Tail, load_classifier
+from netgloss.consistency_gallery import choose_units
+from netgloss.consistency_probe import AffinityChoice, AttackChoice, attack_probe, measure_layers, network_mean
+from netgloss.consistency_run import ConsistencyOptions, _to_csv, consistency_run
+from netgloss.data.sources import ArraySource, open_images
+from netgloss.errors import UserError
+from netgloss.metrics.consistency import Units, consistency, responses
+
+CLASSES = ["<script>alert(1)</script>", "=cmd", "c"]
+
+
+class Net(nn.Module):
+    """Conv and linear head; channels 0 to 2 are the brightness of the colours, 3 is never on, 4 is signed noise."""
+
+    class_names = CLASSES
+    preprocessing_spec = {"size": [8, 8], "resize": None, "mean": [0.0] * 3, "std": [1.0] * 3}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(5, 3)
+        with torch.no_grad():
+            self.conv.weight.zero_()
+            self.conv.bias.zero_()
+            for c in range(3):
+                self.conv.weight[c, c] = 1
+            self.conv.bias[3] = -1
+            self.conv.weight[4] = torch.tensor([1.0, -1.0, 0.5])[:, None, None]
+            self.head.weight.zero_()
+            self.head.bias.zero_()
+            for c in range(3):
+                self.head.weight[c, c] = 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.conv(x)).mean((2, 3)))
+
+
+def pictures(each: int = 25) -> ArraySource:
+    """Class c has a brighter colour c."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(40, 100, (3 * each, 8, 8, 3))
+    y = np.arange(3 * each) % 3
+    for c in range(3):
+        x[y == c, :, :, c] += 40
+    return ArraySource(x.astype(np.uint8), y, CLASSES)
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    return load_classifier(Net())
+
+
+SMALL = ConsistencyOptions(null_draws=50, difference_images=12, shown_units=3, shown_images=2)
+
+
+def test_run_folder_and_report(classifier: Classifier, tmp_path: Path) -> None:
+    attack = AttackChoice(eps=50, steps=4)
+    run = consistency_run(
+        classifier, pictures(), ["relu", "conv"], out=tmp_path / "run", attack=attack, options=SMALL, command="netgloss <x>"
+    )
+    rows = list(csv.DictReader(io.StringIO((run.path / "units.csv").read_text())))
+    assert [r["layer"] for r in rows] == ["relu"] * 5 + ["conv"] * 10  # conv is signed: two poles a channel
+    first = {r["unit"]: r for r in rows if r["layer"] == "relu"}
+    assert first["3"]["status"] == "silent"
+    for c in range(3):
+        row = first[str(c)]
+        assert row["status"] == "live"
+        assert float(row["consis_cal_R"]) > 0.8
+        assert float(row["share1"]) > 0.9
+        assert float(row["mean_pd"]) > 0
+    assert first["1"]["class1"] == "'=cmd"
+    needed = "explainer pole tie_images consis_R E0_R p_R consis_V consis_cal_RV cs1_all cs2_all csc1_all csc2_all "
+    needed += "chance1_all cs1_fooled share3 effective_concepts"
+    assert set(needed.split()) <= set(rows[0])
+    result = json.loads((run.path / "result.json").read_text())
+    assert result["attack"]["largest_linf"] <= 50 / 255 + 1e-6
+    assert result["attack"]["reached"] > 0.9
+    assert result["attack"]["clean_accuracy"] == 1.0
+    assert result["layers"]["relu"]["attack"]["consis_cal_change"] < 0
+    mean = [result["layers"][layer]["consis_cal"] for layer in ("relu", "conv")]
+    assert result["network"]["real"] == pytest.approx(sum(mean) / 2)
+    assert result["affinity"]["semantics"] is False
+    assert any("no semantics" in w for w in run.manifest["warnings"])
+    assert 0 <= result["layers"]["relu"]["differences"]["auroc_s"] <= 1
+    assert [s.metric for s in run.scores] == ["consistency, relu", "consistency, conv"]
+    assert set(run.scores[0].baselines) == {
+        "random directions", "untrained network", "the same units on adversarial images",
+    }  # fmt: skip
+    page = (run.path / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "netgloss &lt;x&gt;" in page
+    assert page.count("data:image/jpeg;base64,") >= 3 * 2 * 2
+    assert "src=\"http" not in page
+    assert "url(" not in page.replace("url(#", "")
+    for part in ("true → target", "Trace of one image", "CS1", "Histograms of consis_cal", "random directions"):
+        assert part in page, part
+    (run.path / "report.html").unlink()
+    run.write_report()
+    assert (run.path / "report.html").read_text() == page
+    (run.path / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="fields of a consistency run"):
+        run.write_report()
+    with pytest.raises(UserError, match="another run"):
+        consistency_run(classifier, pictures(), ["conv"], out=run.path, attack=attack, options=SMALL)
+
+
+def test_without_attack_and_with_several_seeds(classifier: Classifier, tmp_path: Path) -> None:
+    options = ConsistencyOptions(
+        seeds=2, max_images=60, null_draws=0, difference_images=0, shown_units=2, shown_images=1, controls=False
+    )
+    run = consistency_run(
+        classifier, pictures(), ["relu"], out=tmp_path / "run", attack=AttackChoice("none"), options=options
+    )
+    result = json.loads((run.path / "result.json").read_text())
+    assert result["attack"] is None
+    over = result["over_seeds"]["relu"]["real"]
+    assert len(over["values"]) == 2
+    assert over["low"] <= over["mean"] <= over["high"]
+    assert "adversarial images: true" not in (run.path / "report.html").read_text()
+    header = (run.path / "units.csv").read_text().splitlines()[0]
+    assert "cs1_all" not in header
+
+
+def test_concepts_of_an_explainer(tmp_path: Path) -> None:
+    from netgloss.pipeline import demo
+
+    explained = demo(tmp_path / "demo", num_images=60)
+    run = consistency_run(
+        explained.classifier(),
+        open_images("critters:200"),
+        [],
+        out=tmp_path / "run",
+        explainer=explained.path,
+        attack=AttackChoice("fgsm", eps=4),
+        options=ConsistencyOptions(null_draws=0, difference_images=4, shown_units=1, shown_images=1, k=10),
+    )
+    rows = list(csv.DictReader(io.StringIO((run.path / "units.csv").read_text())))
+    assert len({r["unit"] for r in rows}) == explained.explainer.num_concepts
+    assert rows[0]["explainer"] == explained.method
+    with pytest.raises(UserError, match="explains layer"):
+        consistency_run(
+            explained.classifier(), pictures(), ["block1"], out=tmp_path / "no", explainer=explained.path
+        )
+
+
+def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classifier) -> None:
+    data = load_pixels(classifier, pictures())
+    pixels = PixelClassifier.of(classifier)
+    tables, _ = AffinityChoice().build(classifier, data)
+    made = attack_probe(pixels, data, AttackChoice(eps=20, steps=2))
+    found = [
+        measure_layers(pixels, data, ["relu"], tables, adversarial=made, encoders=e, controls=False, null_draws=0, batch_size=b)[0]["relu"]
+        for e, b in (({}, 32), ({}, 7), ({"relu": lambda a: a}, 75))
+    ]
+    for other in found[1:]:
+        assert torch.allclose(found[0].real, other.real)
+        assert torch.allclose(found[0].scores.consis, other.scores.consis)
+    with torch.no_grad():
+        maps = classifier.net.relu(classifier.net.conv(data.pixels()))
+    whole = consistency(Units.of(responses(maps)).select(responses(maps)), data.probe_labels, tables["chosen"], null_draws=0)
+    assert torch.allclose(whole.consis, found[0].scores.consis)
+    assert network_mean({"relu": found[0]})["real"] == pytest.approx(whole.summary()["consis_cal"])
+    assert choose_units(found[0], 3)[0] == int(whole.calibrated.nan_to_num(-1).argmax())
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "least-likely", "feature", "pgd-l2", "pgd"])
+def test_every_attack_makes_eight_bit_images(attack: Any, classifier: Classifier) -> None:
+    data = load_pixels(classifier, pictures(8))
+    choice = AttackChoice(attack, eps=0.5 if attack == "pgd-l2" else 6, steps=3)
+    made = attack_probe(PixelClassifier.of(classifier), data, choice, layer="relu")
+    assert made is not None
+    levels = made.found.images * 255
+    assert torch.allclose(levels, levels.round(), atol=1e-3)
+    if attack != "pgd-l2":
+        assert float(made.found.linf.max()) <= 6 / 255 + 1e-6
+    assert (made.targets is None) == (attack == "feature")
+    if made.targets is not None:
+        assert not (made.targets == data.probe_labels).any()
+        assert torch.equal(data.net_classes[made.targets], made.found.targets)
+
+
+def test_affinity_sources(classifier: Classifier, tmp_path: Path) -> None:
+    data = load_pixels(classifier, pictures(4))
+    lines = tmp_path / "wnids.txt"
+    lines.write_text("n02121620\nn02084071\nn02691156\n")
+    tables, told = AffinityChoice(wnids=str(lines)).build(classifier, data)
+    assert tables["chosen"][0, 1] == pytest.approx(math.exp(-(4**2) / (2 * 2.7**2)))
+    assert told["semantics"]
+    lines.write_text("".join(f"{n}\t{w}\n" for n, w in zip(CLASSES, ("n02121620", "n02084071", "n02691156"), strict=True)))
+    named, _ = AffinityChoice(wnids=str(lines)).build(classifier, data)
+    assert np.array_equal(named["chosen"], tables["chosen"])
+    groups = tmp_path / "groups.json"
+    groups.write_text(json.dumps({CLASSES[0]: 1, CLASSES[1]: 1, CLASSES[2]: 2}))
+    assert AffinityChoice(groups=groups).build(classifier, data)[0]["chosen"][0].tolist() == [1, 0.5, 0]
+    for text, choice, message in (
+        ("n02121620\n", {"wnids": str(lines)}, "1 WordNet ids"),
+        ("[1]", {"groups": lines}, "JSON object"),
+        ("{", {"groups": lines}, "cannot be read"),
+    ):
+        lines.write_text(text)
+        with pytest.raises(UserError, match=message):
+            AffinityChoice(**choice).build(classifier, data)
+    with pytest.raises(UserError, match="cannot be read"):
+        AffinityChoice(wnids="nowhere.txt").build(classifier, data)
+
+
+def test_adaptive_attack_raises_the_agreement(classifier: Classifier) -> None:
+    """Units that agree with the target are what the attacker pays for: s of its images is not below plain PGD's."""
+    from netgloss.metrics.consistency_difference import agreement_with_units, prediction_difference
+
+    data = load_pixels(classifier, pictures(8))
+    pixels = PixelClassifier.of(classifier)
+    x, y = data.pixels(), data.labels
+    targets = assign_targets(data.probe_labels, ids=data.ids)
+    tail = Tail(classifier, "relu", example=x[:2])
+    meaning = torch.zeros(3, 5)
+    meaning[0, 0] = meaning[1, 1] = meaning[2, 2] = 1
+    meaning[:, 4] = 0.2
+    eps = 0.15
+    common: dict[str, Any] = {"targets": targets, "eps": eps, "steps": 10, "ids": data.ids}
+    adapted = adaptive_pgd(
+        pixels, x, y, probe_targets=targets, layer="relu", tail=tail, meaning=meaning, weight=50.0, **common
+    )
+    plain = pgd(pixels, x, y, restarts=1, **common)
+    assert float(adapted.linf.max()) <= eps + 1e-6
+    assert 0 <= float(adapted.images.min()) <= float(adapted.images.max()) <= 1
+
+    def agreement(images: Tensor) -> float:
+        with torch.no_grad():
+            activation = classifier.net.relu(classifier.net.conv(images))
+        difference = prediction_difference(activation, tail, classes=targets)
+        s = agreement_with_units(difference, meaning.double(), torch.eye(3, dtype=torch.float64), targets)
+        return float(s.nan_to_num(0).mean())
+
+    assert agreement(adapted.images) >= agreement(plain.images) - 1e-6
+    with pytest.raises(UserError, match="5 channels"):
+        adaptive_pgd(pixels, x, y, probe_targets=targets, layer="relu", tail=tail, meaning=meaning[:, :4], **common)
+
+
+def test_csv_is_harmless() -> None:
+    text = _to_csv([{"a": "=1+1", "b": math.nan}, {"a": 'x,"y"', "b": 0.5, "c": 1}])
+    assert text.splitlines() == ["a,b,c", "'=1+1,,", '"x,""y""",0.5,1']
+
+
+def test_mistakes(classifier: Classifier, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no layer"):
+        consistency_run(classifier, pictures(), ["rely"], out=tmp_path / "a")
+    with pytest.raises(UserError, match="--layer"):
+        consistency_run(classifier, pictures(), [], out=tmp_path / "a")
+    with pytest.raises(UserError, match="at least 20"):
+        consistency_run(classifier, pictures(5), ["relu"], out=tmp_path / "b", attack=AttackChoice("none"))
+    assert not (tmp_path / "a").exists()
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_heat_tile_marks_the_threshold() -> None:
+    image = np.full((8, 8, 3), 100, np.uint8)
+    strength = np.zeros((2, 2), np.float32)
+    strength[0, 0] = 2.0
+    tile = figures.heat_tile(image, strength, high=2.0, threshold=1.0)
+    assert tile.shape == (96, 96, 3)
+    assert (tile == 255).all(-1).any()
+    assert np.abs(tile[-1, -1].astype(int) - 100).max() <= 1  # nothing where the unit is silent
+    assert np.array_equal(figures.heat_tile(image, None, high=1.0), np.full((96, 96, 3), 100, np.uint8))
+    assert np.abs(figures.heat_tile(image, -strength, high=1.0).astype(int) - 100).max() <= 1
+    assert figures.heat_tile(image[..., 0], strength, high=2.0).shape == (96, 96, 3)
+
+
+def test_figures_show_what_they_are_given() -> None:
+    hist = figures.consistency_histograms({"R": [0.1, 0.2, math.nan], "V": [0.0]}, null=[0.05, 0.1])
+    bars = [[p.get_height() for p in axes.patches if hasattr(p, "get_height")] for axes in hist.axes]
+    assert len(hist.axes) == 2
+    assert all(sum(b) == pytest.approx(1) for b in bars)
+    assert "0.150" in hist.axes[0].get_title(loc="left")
+    bins = [{"lc": 0.1 * i, "cs1": 0.9, "cs2": 0.1 * i, "chance1": 0.7, "chance2": math.nan} for i in range(4)]
+    chart = figures.cosines_by_bin_chart({"before": bins, "after": bins})
+    assert chart.axes[1].lines[0].get_ydata().tolist() == [0.9] * 4
+    assert len(chart.axes[0].lines) == 3  # two curves and one known chance
+    scatter = figures.before_and_after([0.1, 0.2, math.nan], [0.3, 0.1, 0.5])
+    assert "1 of 2 units rose" in scatter.axes[0].get_title(loc="left")
+    lines = figures.accuracy_by_eps({"at": {0.0: [0.9, 0.8], 4.0: [0.5, 0.3]}})
+    assert lines.axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.85, 0.4])
+    image, grid = np.zeros((4, 4, 3), np.uint8), np.eye(2)
+    both = figures.real_and_adversarial([image], [grid], ["cat"], [image] * 2, [None, grid], ["cat → dog"] * 2, "$unit$")
+    assert [a.get_title() for a in both.axes] == ["cat", "cat → dog", "cat → dog"]
+    units = [("unit 1", 2.0, image), ("unit 2", -1.0, image)]
+    traced = figures.trace_figure(image, image, [units, units[:1]], ("cat", "dog"), (0.9, 0.1))
+    assert len(traced.axes) == 5
+    for bad in (
+        lambda: figures.consistency_histograms({}),
+        lambda: figures.cosines_by_bin_chart({"a": []}),
+        lambda: figures.before_and_after([1.0], []),
+        lambda: figures.accuracy_by_eps({}),
+        lambda: figures.trace_figure(image, image, [[], []], ("a", "b"), (0, 0)),
+        lambda: figures.real_and_adversarial([image], [], ["a"], [], [], [], "t"),
+    ):
+        with pytest.raises(UserError):
+            bad()
+
+
+def test_command_line(tmp_path: Path) -> None:
+    def netgloss(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "netgloss.cli", *arguments], capture_output=True, text=True, timeout=120
+        )
+
+    out = tmp_path / "run"
+    common = ("--model", "critters", "--images", "critters:160", "--out", str(out))
+    done = netgloss(
+        "consistency", *common, "--layer", "block5", "--attack", "fgsm", "--eps", "4", "--null-draws", "0", "--k", "8",
+        "--difference-images", "4", "--shown-units", "1", "--no-controls", "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (out / "units.csv").exists()
+    assert (out / "report.html").exists()
+    assert "netgloss consistency" in json.loads((out / "run.json").read_text())["command"]
+    wrong = netgloss("consistency", *common, "--layer", "blok5")
+    assert wrong.returncode == 2
+    assert "block5" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
