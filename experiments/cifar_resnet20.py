@@ -1,4 +1,6 @@
-"""ResNet-20 for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2): ``--model experiments/cifar_resnet20.py:resnet20``.
+"""ResNet-20 for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2).
+
+Use it as ``--model experiments/cifar_resnet20.py:resnet20``.
 
 Names of the weights are those of github.com/akamaster/pytorch_resnet_cifar10; shortcuts that change the shape have no
 parameters (option A). Inputs are normalised with the constants of ImageNet, as that repository trains them.

@@ -3,8 +3,8 @@
     python experiments/harden_fashion.py --out fashion_small.safetensors
 
 Four blocks of 3 x 3 convolution, batch norm and ReLU (1 -> 16 -> 32 -> 64 -> 64, strides 1, 2, 2, 1), mean pool, a
-linear head: 61,050 parameters. SGD 0.9, one cycle of learning rate 0.1. The weights are written outside of the repository; load them
-with ``--model experiments/harden_fashion.py:fashion_small --checkpoint fashion_small.safetensors``.
+linear head: 61,050 parameters. SGD 0.9, one cycle of learning rate 0.1. The weights are written outside of the
+repository; ``--model experiments/harden_fashion.py:fashion_small --checkpoint fashion_small.safetensors`` loads them.
 """
 
 from __future__ import annotations

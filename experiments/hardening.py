@@ -24,7 +24,7 @@ import torch
 import netgloss
 from netgloss.adversarial.harden import HardenConfig
 from netgloss.adversarial.robustness import AttackPlan
-from netgloss.consistency_probe import AffinityChoice
+from netgloss.consistency_affinity import AffinityChoice
 from netgloss.data.sources import ArraySource
 from netgloss.harden_run import HardenPlan, harden_run
 from netgloss.metrics.base import interval
@@ -159,7 +159,7 @@ def write(name: str, run: Any, result: dict[str, Any]) -> None:
         + ", ".join(f"{b} ({'diverged' if v is None else f'{v:.3f}'})" for b, v in result["betas_tried"].items())
         + ".",
         f"Judged on test images: accuracies on {result['num_attacked']}, consistency on {result['num_probe']}. V is",
-        f"made anew against each network (targeted PGD, {plan.v_steps} steps). {attacks.restarts} start(s) of PGD. Means",
+        f"made anew against each network (targeted PGD, {plan.v_steps} steps). PGD: {attacks.restarts} start(s). Means",
         f"and 95 % t-intervals over {len(result['seeds'])} seeds (order, starts, targets, attacks"
         + (", initial weights" if config.from_scratch else "")
         + "; the images are the same).",

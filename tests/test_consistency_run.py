@@ -21,9 +21,11 @@ from netgloss.adversarial import PixelClassifier, assign_targets, pgd
 from netgloss.adversarial.adaptive import adaptive_pgd
 from netgloss.adversarial.pixels import load_pixels
 from netgloss.classifiers import Classifier, Tail, load_classifier
+from netgloss.consistency_affinity import AffinityChoice
 from netgloss.consistency_gallery import choose_units
-from netgloss.consistency_probe import AffinityChoice, AttackChoice, attack_probe, measure_layers, network_mean
-from netgloss.consistency_run import ConsistencyOptions, _to_csv, consistency_run
+from netgloss.consistency_probe import AttackChoice, attack_probe, measure_layers, network_mean
+from netgloss.consistency_records import to_csv
+from netgloss.consistency_run import ConsistencyOptions, consistency_run
 from netgloss.data.sources import ArraySource, open_images
 from netgloss.errors import UserError
 from netgloss.metrics.consistency import Units, consistency, responses
@@ -79,7 +81,13 @@ SMALL = ConsistencyOptions(null_draws=50, difference_images=12, shown_units=3, s
 def test_run_folder_and_report(classifier: Classifier, tmp_path: Path) -> None:
     attack = AttackChoice(eps=50, steps=4)
     run = consistency_run(
-        classifier, pictures(), ["relu", "conv"], out=tmp_path / "run", attack=attack, options=SMALL, command="netgloss <x>"
+        classifier,
+        pictures(),
+        ["relu", "conv"],
+        out=tmp_path / "run",
+        attack=attack,
+        options=SMALL,
+        command="netgloss <x>",
     )
     rows = list(csv.DictReader(io.StringIO((run.path / "units.csv").read_text())))
     assert [r["layer"] for r in rows] == ["relu"] * 5 + ["conv"] * 10  # conv is signed: two poles a channel
@@ -114,7 +122,7 @@ def test_run_folder_and_report(classifier: Classifier, tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "netgloss &lt;x&gt;" in page
     assert page.count("data:image/jpeg;base64,") >= 3 * 2 * 2
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "url(" not in page.replace("url(#", "")
     for part in ("true → target", "Trace of one image", "CS1", "Histograms of consis_cal", "random directions"):
         assert part in page, part
@@ -162,9 +170,7 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     assert len({r["unit"] for r in rows}) == explained.explainer.num_concepts
     assert rows[0]["explainer"] == explained.method
     with pytest.raises(UserError, match="explains layer"):
-        consistency_run(
-            explained.classifier(), pictures(), ["block1"], out=tmp_path / "no", explainer=explained.path
-        )
+        consistency_run(explained.classifier(), pictures(), ["block1"], out=tmp_path / "no", explainer=explained.path)
 
 
 def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classifier) -> None:
@@ -173,7 +179,9 @@ def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classif
     tables, _ = AffinityChoice().build(classifier, data)
     made = attack_probe(pixels, data, AttackChoice(eps=20, steps=2))
     found = [
-        measure_layers(pixels, data, ["relu"], tables, adversarial=made, encoders=e, controls=False, null_draws=0, batch_size=b)[0]["relu"]
+        measure_layers(
+            pixels, data, ["relu"], tables, adversarial=made, encoders=e, controls=False, null_draws=0, batch_size=b
+        )[0]["relu"]
         for e, b in (({}, 32), ({}, 7), ({"relu": lambda a: a}, 75))
     ]
     for other in found[1:]:
@@ -181,7 +189,9 @@ def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classif
         assert torch.allclose(found[0].scores.consis, other.scores.consis)
     with torch.no_grad():
         maps = classifier.net.relu(classifier.net.conv(data.pixels()))
-    whole = consistency(Units.of(responses(maps)).select(responses(maps)), data.probe_labels, tables["chosen"], null_draws=0)
+    whole = consistency(
+        Units.of(responses(maps)).select(responses(maps)), data.probe_labels, tables["chosen"], null_draws=0
+    )
     assert torch.allclose(whole.consis, found[0].scores.consis)
     assert network_mean({"relu": found[0]})["real"] == pytest.approx(whole.summary()["consis_cal"])
     assert choose_units(found[0], 3)[0] == int(whole.calibrated.nan_to_num(-1).argmax())
@@ -210,7 +220,9 @@ def test_affinity_sources(classifier: Classifier, tmp_path: Path) -> None:
     tables, told = AffinityChoice(wnids=str(lines)).build(classifier, data)
     assert tables["chosen"][0, 1] == pytest.approx(math.exp(-(4**2) / (2 * 2.7**2)))
     assert told["semantics"]
-    lines.write_text("".join(f"{n}\t{w}\n" for n, w in zip(CLASSES, ("n02121620", "n02084071", "n02691156"), strict=True)))
+    lines.write_text(
+        "".join(f"{n}\t{w}\n" for n, w in zip(CLASSES, ("n02121620", "n02084071", "n02691156"), strict=True))
+    )
     named, _ = AffinityChoice(wnids=str(lines)).build(classifier, data)
     assert np.array_equal(named["chosen"], tables["chosen"])
     groups = tmp_path / "groups.json"
@@ -262,7 +274,7 @@ def test_adaptive_attack_raises_the_agreement(classifier: Classifier) -> None:
 
 
 def test_csv_is_harmless() -> None:
-    text = _to_csv([{"a": "=1+1", "b": math.nan}, {"a": 'x,"y"', "b": 0.5, "c": 1}])
+    text = to_csv([{"a": "=1+1", "b": math.nan}, {"a": 'x,"y"', "b": 0.5, "c": 1}])
     assert text.splitlines() == ["a,b,c", "'=1+1,,", '"x,""y""",0.5,1']
 
 
@@ -307,7 +319,9 @@ def test_figures_show_what_they_are_given() -> None:
     lines = figures.accuracy_by_eps({"at": {0.0: [0.9, 0.8], 4.0: [0.5, 0.3]}})
     assert lines.axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.85, 0.4])
     image, grid = np.zeros((4, 4, 3), np.uint8), np.eye(2)
-    both = figures.real_and_adversarial([image], [grid], ["cat"], [image] * 2, [None, grid], ["cat → dog"] * 2, "$unit$")
+    both = figures.real_and_adversarial(
+        [image], [grid], ["cat"], [image] * 2, [None, grid], ["cat → dog"] * 2, "$unit$"
+    )
     assert [a.get_title() for a in both.axes] == ["cat", "cat → dog", "cat → dog"]
     units = [("unit 1", 2.0, image), ("unit 2", -1.0, image)]
     traced = figures.trace_figure(image, image, [units, units[:1]], ("cat", "dog"), (0.9, 0.1))

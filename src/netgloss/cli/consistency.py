@@ -28,7 +28,8 @@ class Consistency:
     @staticmethod
     def more() -> dict[str, type]:
         """The dataclasses whose fields are flags too, by the argument of :meth:`run`."""
-        from netgloss.consistency_probe import AffinityChoice, AttackChoice
+        from netgloss.consistency_affinity import AffinityChoice
+        from netgloss.consistency_probe import AttackChoice
         from netgloss.consistency_run import ConsistencyOptions
 
         return {"attack": AttackChoice, "affinity": AffinityChoice, "options": ConsistencyOptions}

@@ -30,7 +30,7 @@ class Harden:
         """The dataclasses whose fields are flags too, by the argument of :meth:`run`."""
         from netgloss.adversarial.harden import HardenConfig
         from netgloss.adversarial.robustness import AttackPlan
-        from netgloss.consistency_probe import AffinityChoice
+        from netgloss.consistency_affinity import AffinityChoice
         from netgloss.harden_run import HardenPlan
 
         return {"config": HardenConfig, "plan": HardenPlan, "attacks": AttackPlan, "affinity": AffinityChoice}
