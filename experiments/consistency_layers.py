@@ -164,7 +164,7 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
         "# Consistency under attack by layer and probe set",
         "",
         f"`{command}`; {options.per_class} images of each class a seed, k = {options.k}, WordNet gauss. Targeted PGD,",
-        f"Linf {options.eps:g}/255, {options.steps} steps, one start, made against the network itself, rounded to 8 bits.",
+        f"Linf {options.eps:g}/255, {options.steps} steps, one start, against the network itself, rounded to 8 bits.",
         "Channels; response = maximum of the map. Mean and 95 % t-interval over seeds (other images, targets, starts).",
         "features.13 and features.7 of MobileNetV2 are linear bottlenecks: each channel counts as two poles.",
     ]

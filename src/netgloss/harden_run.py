@@ -143,11 +143,11 @@ def harden_run(
     began = time.monotonic()
     job.choose_beta()
     job.judge("original")
-    for seed in run.seeds:
-        for arm in plan.arms:
+    for done, arm in enumerate(plan.arms, start=1):
+        for seed in run.seeds:
             job.train_arm(arm, seed)
             job.judge(arm, seed)
-        job.summarise(run.seeds[: run.seeds.index(seed) + 1])
+        job.summarise(plan.arms[:done])
     run.add_time("hardening and judging", time.monotonic() - began)
     run.update(status="complete")
     run.write_report()
@@ -356,15 +356,16 @@ class _Job:
 
     # -- summary --------------------------------------------------------------------------------------------------
 
-    def summarise(self, seeds: Sequence[int]) -> None:
-        """result.json and scores.json from the judgements of these seeds."""
+    def summarise(self, finished: Sequence[str]) -> None:
+        """result.json and scores.json from the judgements of these arms."""
+        seeds = self.run.seeds
         records = {
             (arm, seed): read_json(self.run.path / f"judged-{arm}-seed{seed}.json")
-            for arm in self.plan.arms
+            for arm in finished
             for seed in seeds
         }
         original = read_json(self.run.path / "judged-original.json")
-        table = {"original": [original], **{arm: [records[arm, s] for s in seeds] for arm in self.plan.arms}}
+        table = {"original": [original], **{arm: [records[arm, s] for s in seeds] for arm in finished}}
         arms = {arm: summarise_arm(found) for arm, found in table.items()}
         hardened = {
             f"{arm} seed {seed}": read_json(self._weights(arm, seed).with_suffix(".json")) for arm, seed in records
@@ -381,14 +382,14 @@ class _Job:
             "num_probe": len(self.probe),
             "num_attacked": len(self.attacked),
             "class_names": self.probe.class_names,
-            "training_attack": {arm: ARMS[arm].crafting for arm in self.plan.arms},
+            "training_attack": {arm: ARMS[arm].crafting for arm in finished},
             "v_regenerated": True,
             "arms": arms,
             "masking": failures,
         }
         write_atomically(self.run.path / "result.json", to_json(result))
         self.run.update(warnings=[*failures, *warnings])
-        main = "consistent" if "consistent" in self.plan.arms else self.plan.arms[-1]
+        main = "consistent" if "consistent" in finished else finished[-1]
         self.run.write_scores(arm_scores(table, main, len(self.attacked), len(self.probe)))
 
 

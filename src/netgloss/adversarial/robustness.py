@@ -223,7 +223,7 @@ def autoattack_accuracies(
                 )
                 runner.apgd.n_iter = runner.apgd_targeted.n_iter = runner.fab.n_iter = steps
                 runner.apgd.n_restarts = restarts
-                broken = runner.run_standard_evaluation(x[left], y[left], batch_size=batch_size)
+                broken, _ = runner.run_standard_evaluation(x[left], y[left], batch_size=batch_size)
                 if float((broken - x[left]).abs().max()) > eps + 1e-6:
                     raise UserError(f"{name} of pyautoattack left its ball of {eps:g}")
                 alive[left] = predictions(classifier, broken, batch_size=batch_size) == y[left]
