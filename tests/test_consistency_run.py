@@ -147,6 +147,7 @@ def test_without_attack_and_with_several_seeds(classifier: Classifier, tmp_path:
     assert result["attack"] is None
     over = result["over_seeds"]["relu"]["real"]
     assert len(over["values"]) == 2
+    assert over["values"][0] != over["values"][1]
     assert over["low"] <= over["mean"] <= over["high"]
     assert "adversarial images: true" not in (run.path / "report.html").read_text()
     header = (run.path / "units.csv").read_text().splitlines()[0]

@@ -163,7 +163,7 @@ def over_seeds(measured: Sequence[dict[str, LayerResult]]) -> dict[str, Any]:
             }
         found[layer] = {}
         for name, values in numbers.items():
-            low, high = interval(torch.tensor(values)) if len(values) > 1 else (math.nan, math.nan)
+            low, high = interval(torch.tensor(values, dtype=torch.float64)) if len(values) > 1 else (math.nan, math.nan)
             found[layer][name] = {"mean": sum(values) / len(values), "low": low, "high": high, "values": values}
     return found
 

@@ -242,9 +242,8 @@ def _differences(
     decode: Encode | None,
 ) -> dict[str, Any]:
     """PD of the units on some images of R and V, s of each, and how well s and the largest probability tell V."""
-    index = data.stratified(None).probe_labels  # balanced already; spread over classes
-    step = max(1, len(index) // max(1, options.difference_images))
-    chosen = torch.arange(0, len(data), step)[: options.difference_images]
+    drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    chosen = drawn[: options.difference_images].sort()[0]
     device = pixels.mean.device
     sets = {"real": data.pixels(chosen)}
     if made is not None:
