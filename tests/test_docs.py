@@ -1,8 +1,8 @@
 """The documents: every block of code runs, every link leads somewhere, every method and metric has its text.
 
 A line ``<!-- test: ... -->`` above a block says otherwise: ``skip (why)``; ``file=NAME`` writes the block to a file,
-which later blocks use; ``real`` runs it with the real network and photographs where these are. Blocks of one document run in
-their order, in one folder and one namespace.
+which later blocks use; ``real`` runs it with the real network and photographs where these are. Blocks of one document
+run in their order, in one folder and one namespace.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from netgloss.evaluation import either_tail, tail_for
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec, find_explainer, method_name
 from netgloss.fitting import make_tail, open_stream, upper_layers
 from netgloss.gloss import GlossOptions, describe_image
+from netgloss.gloss.excitation import Heat, chosen_heat
 from netgloss.processes import first_then_others, together
 from netgloss.progress import Progress, Silent
 from netgloss.run import Run, save_figure, versions
@@ -307,12 +308,19 @@ def explain(
 
 
 def show(
-    run: Run, images: ImageSource | str | Path, *, out: str | Path, top: int = 5, device: str = "auto"
+    run: Run,
+    images: ImageSource | str | Path,
+    *,
+    out: str | Path,
+    top: int = 5,
+    heat: Heat = "gradient",
+    device: str = "auto",
 ) -> list[Path]:
     """Explains new images with a saved run: for each a figure (PNG) and its numbers (JSON); returns the files.
 
     The prediction's logit is told as base + contributions + gap (see netgloss.metrics.importance), with the map of
-    each of the ``top`` concepts over the picture that the network saw.
+    each of the ``top`` concepts over the picture that the network saw; ``heat`` says how the maps of methods on pooled
+    layers are made (see netgloss.gloss.excitation).
     """
     from netgloss.classifiers import Taps
     from netgloss.data import ImageSource, open_images
@@ -340,7 +348,14 @@ def show(
             if above_tail is not None:
                 way_on = either_tail(way_on, tail_for(above_tail, classifier, source, np.array([index])), above[-1])
             figure, numbers = describe_image(
-                explainer, activation, logits, way_on, picture, classifier.class_names, top=top
+                explainer,
+                activation,
+                logits,
+                way_on,
+                picture,
+                classifier.class_names,
+                top=top,
+                heat=chosen_heat(heat, explainer, classifier, run.layer, pixels, activation),
             )
         stem = Path(name).stem or "image"
         written += save_figure(

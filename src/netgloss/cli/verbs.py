@@ -323,13 +323,16 @@ class Show:
     """Folder for the figures."""
     top: int = 5
     """Concepts shown."""
+    heat: Literal["gradient", "excitation", "igos"] = "gradient"
+    """How methods on pooled layers draw their maps; igos optimises pixels and takes minutes an image."""
     device: Device = "auto"
 
     def run(self) -> None:
         from netgloss.pipeline import show
         from netgloss.run import Run
 
-        for path in show(Run(self.run_folder), self.images, out=self.out, top=self.top, device=self.device):
+        options = {"out": self.out, "top": self.top, "heat": self.heat, "device": self.device}
+        for path in show(Run(self.run_folder), self.images, **options):
             console().print(str(path))
 
 

@@ -51,6 +51,8 @@ class SRAEConfig(TrainingConfig):
     """Dropout after the first encoder layer."""
     weight_decay: float = 1e-4
     """Weight of the squared parameters in joint training."""
+    shuffle_logits: bool = False
+    """Control: give every image of the fit the scores of another one."""
     steps: int = 3400
     """Optimiser steps of an attempt (170 epochs of 1,000 images)."""
     batch_size: int = 50

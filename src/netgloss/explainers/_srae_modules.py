@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,34 @@ def hidden_widths(num_features: int) -> tuple[int, int]:
     return first, min(100, first)
 
 
+class _Decayed(torch.autograd.Function):
+    """``baddbmm(bias, values, weight)`` whose gradients hold ``decay`` times the parameters: Adam's weight decay.
+
+    One product gives the weight's gradient with its decay; as a loss term the decay takes half the time of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(values, weight, bias)
+        ctx.decay = decay
+        return torch.baddbmm(bias, values, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        values, weight, bias = ctx.saved_tensors
+        (grad,) = grads
+        back = torch.bmm(grad, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+        own = torch.baddbmm(weight, values.transpose(1, 2), grad, beta=ctx.decay)
+        return back, own, grad.sum(dim=1, keepdim=True).add_(bias, alpha=ctx.decay), None
+
+
 class Linears(nn.Module):
-    """G linear layers side by side: (B, in) or (G, B, in) -> (G, B, out)."""
+    """G linear layers side by side: (B, in) or (G, B, in) -> (G, B, out).
+
+    In training mode the parameters' gradients hold ``decay`` times the parameters.
+    """
+
+    decay = 0.0
 
     def __init__(self, num_modules: int, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -38,6 +65,8 @@ class Linears(nn.Module):
             weight, bias = weight[active], bias[active]
         if values.ndim == 2:
             values = values.expand(len(weight), -1, -1)
+        if self.training and self.decay:
+            return cast(Tensor, _Decayed.apply(values, weight, bias, self.decay))
         return torch.baddbmm(bias, values, weight)
 
     def draw(self, module: int, generator: torch.Generator) -> None:
@@ -84,6 +113,11 @@ class Modules(nn.Module):
         """One decoder layer with its ReLU."""
         values = self.decoder[i](values, active)
         return values.relu() if i < 2 or self.rectified else values
+
+    def set_decay(self, decay: float) -> None:
+        """Weight decay of all layers in training mode."""
+        for layer in (*self.encoder, *self.decoder, self.head):
+            layer.decay = decay
 
     def draw(self, module: int, seed: int) -> None:
         """Initial values of one module; they depend on ``seed`` only."""

@@ -34,16 +34,13 @@ a module.
 from __future__ import annotations
 
 import bisect
-import dataclasses
-from collections.abc import Sequence
 from typing import Literal, cast
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from netgloss.errors import UserError
-from netgloss.explainers._srae_config import SRAEConfig, class_name, class_place, find_class
+from netgloss.explainers._class_scores import ClassScores, decisions
+from netgloss.explainers._srae_config import SRAEConfig, class_name
 from netgloss.explainers._srae_modules import (
     Linears,
     Modules,
@@ -53,14 +50,13 @@ from netgloss.explainers._srae_modules import (
     sparse_reconstruction,
     squared_error,
 )
-from netgloss.explainers.base import Batch, Explainer, ExplainerConfig, LayerSpec, Rows
+from netgloss.explainers.base import Batch, LayerSpec, Rows
 
 _PAIRS, _HEAD, _JOINT = 3, 3, 4  # stages: three layer pairs, the head, all together
-_MAX_CLASSES = 10
 _MAX_BALANCE = 0.8
 
 
-class SRAE(Explainer):
+class SRAE(ClassScores):
     """Sparse reconstruction autoencoders (module docstring). Concept ``g * n + l`` is x-feature l of module g.
 
     ``decode`` gives the mean of the modules' reconstructions; ``decode_modules`` gives each.
@@ -78,8 +74,6 @@ class SRAE(Explainer):
     """
 
     Config = SRAEConfig
-    reads = "pooled"
-    uses = ("logits", "labels")
     learned = True
     config: SRAEConfig
     scale: Tensor
@@ -93,12 +87,6 @@ class SRAE(Explainer):
 
     def __init__(self, config: SRAEConfig, spec: LayerSpec) -> None:
         super().__init__(config, spec)
-        self.notes: list[str] = []
-        self.class_index = [class_place(text, spec.num_classes) for text in config.classes]
-        if not self.class_index:
-            raise UserError("SRAE needs the classes that it is to explain (classes = ('0', '217'), say)")
-        if len(set(self.class_index)) < len(self.class_index):
-            raise UserError(f"a class was named twice: {', '.join(config.classes)}")
         total = len(self.class_index)
         self.num_modules = 1 if config.joint else total
         self.nets = Modules(
@@ -123,22 +111,7 @@ class SRAE(Explainer):
             self.register_buffer(name, value)
         self._live = 0.0
 
-    # -- what it is about -----------------------------------------------------------------------------------------
-
-    @classmethod
-    def settle(
-        cls, config: ExplainerConfig, *, class_names: Sequence[str], wnids: Sequence[str], decisions: np.ndarray
-    ) -> ExplainerConfig:
-        """Classes as ``"index: name"``: those asked for, or the most frequent ones among the images."""
-        assert isinstance(config, SRAEConfig)
-        if config.classes:
-            chosen = [find_class(text, class_names, wnids) for text in config.classes]
-        else:
-            known, counts = np.unique(decisions[decisions >= 0], return_counts=True)
-            chosen = sorted(known[np.argsort(-counts, kind="stable")][:_MAX_CLASSES].tolist())
-            if not chosen:
-                raise UserError("the images have neither labels nor stored predictions: name the classes (classes)")
-        return dataclasses.replace(config, classes=tuple(f"{i}: {class_names[i]}" for i in chosen))
+    # -- images explained -----------------------------------------------------------------------------------------
 
     @property
     def num_concepts(self) -> int:
@@ -150,44 +123,24 @@ class SRAE(Explainer):
         owners = [""] if self.config.joint else [f"{class_name(text)} " for text in self.config.classes]
         return [f"{owner}x{i + 1}" for owner in owners for i in range(self.config.num_concepts)]
 
-    @property
-    def explained_classes(self) -> list[int]:
-        return self.class_index
-
-    # -- images explained -----------------------------------------------------------------------------------------
-
     def encode_rows(self, rows: Tensor) -> Tensor:
         """(B, D) -> x-features (B, K)."""
         x_GBN = self.nets.encode(self._scaled(rows))
         return x_GBN.permute(1, 0, 2).flatten(1)
 
-    def decode_rows(self, codes: Tensor) -> Tensor:
-        """(B, K) -> (B, D)."""
-        return self.decode_modules(codes).mean(dim=0)
+    def encoder_chain(self, concept: int) -> tuple[nn.Sequential, int]:
+        """The encoder (B, D) -> (B, N) of the module that ``concept`` belongs to, a copy, and its place there."""
+        g, unit = divmod(concept, self.config.num_concepts)
+        layers: list[nn.Module] = []
+        for i, wide in enumerate(cast(list[Linears], list(self.nets.encoder))):
+            layer = nn.Linear(wide.weight.shape[1], wide.weight.shape[2], device=self.scale.device)
+            layer.load_state_dict({"weight": wide.weight[g].T / (1 if i else self.scale), "bias": wide.bias[g, 0]})
+            layers += [layer, nn.ReLU()]
+        return nn.Sequential(*layers), unit
 
     def decode_modules(self, concepts: Tensor) -> Tensor:
         """Concepts (B, K) -> the reconstruction of each module, (G, B, D)."""
         return self.nets.decode(self._by_module(concepts)) * self.scale
-
-    def class_scores(self, concepts: Tensor) -> Tensor:
-        """Concepts (B, K) -> rebuilt logits (B, classes) of the explained classes, in their order."""
-        y_GBC = self.nets.head(self._by_module(concepts))
-        return y_GBC.permute(1, 0, 2).flatten(1) * self.target_sd + self.target_mean
-
-    def rebuilt_logits(self, concepts: Tensor, logits: Tensor) -> Tensor:
-        """``logits`` (B, classes) with the explained classes' replaced by the modules' scores."""
-        rebuilt = logits.clone()
-        rebuilt[:, self.class_index] = self.class_scores(concepts).to(logits.dtype)
-        return rebuilt
-
-    def contributions(self, concepts: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """``v_cl x_l`` in logits, (B, K), and the bias (B,); 0 and NaN for classes that are not explained."""
-        weight_KC, bias_C = self.class_weights()
-        places = {c: i for i, c in enumerate(self.class_index)}
-        place_B = torch.tensor([places.get(int(c), -1) for c in classes], device=concepts.device)
-        known_B = place_B >= 0
-        values_BK = concepts * weight_KC[:, place_B.clamp_min(0)].T * known_B[:, None]
-        return values_BK, torch.where(known_B, bias_C[place_B.clamp_min(0)], torch.nan)
 
     def class_weights(self) -> tuple[Tensor, Tensor]:
         """Weights (K, classes) and biases (classes,) of the rebuilt logits, which are affine in the concepts."""
@@ -209,31 +162,10 @@ class SRAE(Explainer):
     def fit_rows(self, rows: Rows, *, seed: int) -> None:
         """Scales of Z and y over the fit images, and initial values that depend on the seed and the class only."""
         self.notes.clear()
-        squares, count, found = 0.0, 0, torch.zeros(len(self.class_index))
-        scores = []
-        for batch in rows.examples():
-            if not batch.activation.isfinite().all():
-                raise UserError(f"NaN or Inf among the activations of layer {self.spec.name!r}")
-            if batch.logits is None:
-                raise UserError("SRAE explains the logits, which this store does not hold: capture with logits")
-            squares += float(batch.activation.double().square().sum())
-            count += batch.activation.numel()
-            scores.append(batch.logits[:, self.class_index].double())
-            decided = _decisions(batch)
-            found += torch.stack([(decided == c).sum() for c in self.class_index])
-        for text, number in zip(self.config.classes, found.tolist(), strict=True):
-            if number == 0:
-                raise UserError(f"class {text!r} has no image among the {len(torch.cat(scores))} to fit on")
-        y_NC = torch.cat(scores)
-        spread = y_NC.std(dim=0, correction=0)
-        for text, sd in zip(self.config.classes, spread.tolist(), strict=True):
-            if not sd > 1e-6:
-                raise UserError(f"the score of class {text!r} is the same for all {len(y_NC)} images to fit on")
-        if squares == 0:
-            raise UserError(f"layer {self.spec.name!r} is zero on all {len(y_NC)} images to fit on")
-        self.scale.fill_((squares / count) ** 0.5)
+        z_ND, y_NC, _ = self.read_fit(rows, seed=seed)
+        self.scale.fill_(z_ND.double().square().mean().sqrt())
         self.target_mean.copy_(y_NC.mean(dim=0))
-        self.target_sd.copy_(spread)
+        self.target_sd.copy_(y_NC.std(dim=0, correction=0))
         self.seed.fill_(seed)
         self.tries.zero_()
         self.accepted.zero_()
@@ -259,6 +191,8 @@ class SRAE(Explainer):
     @torch.no_grad()
     def before_step(self, step: int, rows: Rows) -> Literal["go", "reset", "stop"]:
         """Judges and restarts at the end of an attempt, repairs at the start of a stage; both reset the optimiser."""
+        if self.config.shuffle_logits and self._shuffled is None:  # a fit that continues
+            self.read_fit(rows, seed=int(self.seed))
         at = step % self.config.steps
         if at == 0 and step > 0:
             self._judge(rows)
@@ -277,14 +211,14 @@ class SRAE(Explainer):
         z_BD = self._scaled(batch.activation)
         active = self._active() if self.accepted.any() else None
         stage = self._stage(batch.step)
+        self.nets.set_decay(self.config.weight_decay if stage == _JOINT else 0.0)
         if stage < _PAIRS:
             with torch.no_grad():
                 given = self.nets.encode(z_BD, active, depth=stage) if stage else z_BD
             code = self.nets.encoder[stage](given, active).relu()
             rebuilt = self.nets.decode_layer(2 - stage, code, active)
             return {"pair": (rebuilt - given).square().flatten(1).mean(dim=1).sum()}
-        assert batch.logits is not None
-        y_BC = (batch.logits[:, self.class_index] - self.target_mean) / self.target_sd
+        y_BC = (self.targets(batch) - self.target_mean) / self.target_sd
         y_GBC = y_BC[None] if self.config.joint else y_BC.T[:, :, None]
         y_GBC = y_GBC if active is None else y_GBC[active]
         if stage == _HEAD:
@@ -300,7 +234,6 @@ class SRAE(Explainer):
         rebuild = self.weight_rebuild if active is None else self.weight_rebuild[active]
         pull = self.weight_pull if active is None else self.weight_pull[active]
         terms = {"faith": config.weights[0] * faith(modules.head(x_GBN, active), y_GBC).sum()}
-        trained = [*modules.encoder, modules.head]
         if rebuild.any():
             error_GD = squared_error(modules.decode(x_GBN, active), z_BD)
             term_G = (
@@ -309,17 +242,11 @@ class SRAE(Explainer):
                 else error_GD.mean(dim=1)
             )
             terms["reconstruction"] = (rebuild * term_G).sum()
-            trained += modules.decoder
         if pull.any():
             head = modules.head.weight if active is None else modules.head.weight[active]
             table_GCBN = contribution_table(x_GBN, head)
             rows = table_GCBN.transpose(-1, -2) if config.preset != "released" else table_GCBN
             terms["pull_away"] = (pull * pull_away(rows).sum(dim=1)).sum()
-        if config.weight_decay:
-            parameters = [p if active is None else p[active] for layer in trained for p in layer.parameters()]
-            terms["decay"] = (
-                config.weight_decay / 2 * sum((p.square().sum() for p in parameters), start=z_BD.new_zeros(()))
-            )
         return terms
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -400,7 +327,7 @@ class SRAE(Explainer):
         """Each module's encoder output at ``depth`` on the images of its own classes, (P, .)."""
         found: list[list[Tensor]] = [[] for _ in range(self.num_modules)]
         for batch in rows.examples():
-            z_BD, decided = self._scaled(batch.activation.to(self.scale.device)), _decisions(batch)
+            z_BD, decided = self._scaled(batch.activation.to(self.scale.device)), decisions(batch)
             for g in range(self.num_modules):
                 own = torch.tensor(self.class_index if self.config.joint else self.class_index[g : g + 1])
                 mask = torch.isin(decided, own).to(z_BD.device)
@@ -429,10 +356,3 @@ class SRAE(Explainer):
                 bound = self.config.num_concepts**-0.5
                 for incoming in (cast(Linears, self.nets.decoder[0]).weight[g, i], self.nets.head.weight[g, i]):
                     incoming.copy_(torch.empty(incoming.shape).uniform_(-bound, bound, generator=generator))
-
-
-def _decisions(batch: Batch) -> Tensor:
-    """(B,) label of each image, or the network's prediction where it has none."""
-    assert batch.logits is not None
-    predicted = batch.logits.argmax(dim=1)
-    return predicted if batch.labels is None else torch.where(batch.labels >= 0, batch.labels, predicted)

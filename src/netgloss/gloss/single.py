@@ -27,6 +27,7 @@ def describe_image(
     class_names: list[str],
     *,
     top: int = 5,
+    heat: Callable[[list[int]], Tensor] | None = None,
 ) -> tuple[Figure, dict[str, Any]]:
     """What drove the prediction of one image.
 
@@ -35,6 +36,7 @@ def describe_image(
     activation : (1, C) or (1, C, H, W).
     logits : (1, classes) of the classifier.
     picture : (height, width, 3) in [0, 1], as the network saw it.
+    heat : gives maps (len, h, w) of some concepts in place of the usual ones.
 
     Returns
     -------
@@ -60,6 +62,8 @@ def describe_image(
     if explainer.reads == "pooled" and activation.ndim == 4:
         drawn = concept_heatmaps(explainer.encode, activation, range(explainer.num_concepts))
     maps = [drawn[0, k].cpu().numpy() if drawn.ndim == 4 else None for k in order]
+    if heat is not None:
+        maps = list(heat(order).cpu().numpy())
     gap = logit - base - float(values_K.sum())
     figure = image_explanation(
         picture,

@@ -70,7 +70,8 @@ def make_fabric(device: str = "auto", *, devices: int = 1, nodes: int = 1, preci
             accelerator=device,
             devices=devices,
             num_nodes=nodes,
-            strategy="ddp" if devices * nodes > 1 else "auto",
+            # methods that train in stages leave parameters out
+            strategy="ddp_find_unused_parameters_true" if devices * nodes > 1 else "auto",
             precision=precision,  # type: ignore[arg-type]
         )
     except Exception as error:  # Fabric's own message says which accelerator is missing
