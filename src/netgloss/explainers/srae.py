@@ -24,7 +24,8 @@ Sources: Qi, Khorram & Fuxin, "Embedding Deep Networks into Visual Explanations"
 (arXiv 1709.05360); Hamidi-Haines et al., arXiv 1812.07150; the published training code for widths, weights, schedule
 and the restart rule. Ours: scaled Z and standardised y (a_p = 40 stands for the published 1 at the logit variance of
 that code's data), positives in every batch, and the repair: before the head and before joint training, x-features
-that are zero on all positives are drawn anew so that they are on for half of them. Left out: convolutional
+that are zero on all positives are drawn anew so that they are on for half of them, and once more early in joint
+training in modules where all are. Left out: convolutional
 autoencoders.
 
 Shape letters: B images, D features of the layer, K concepts, G modules, N x-features of a module, C classes of
@@ -204,6 +205,8 @@ class SRAE(ClassScores):
                 self.nets.draw(g, self._seed_of(g))
         if self.config.repair and at in self._starts[_HEAD:]:
             self._repair(rows, step)
+        elif self.config.repair and at == self._second_look:
+            self._repair(rows, step, silent_only=True)
         return "reset" if at in self._starts else "go"
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -334,11 +337,32 @@ class SRAE(ClassScores):
                 found[g].append(self.nets.encode(z_BD[mask], torch.tensor([g], device=z_BD.device), depth=depth)[0])
         return [torch.cat(parts) for parts in found]
 
-    def _repair(self, rows: Rows, step: int) -> None:
-        """Draws x-features anew that are zero on all positives: on for half of them, as strong as the others."""
+    @property
+    def _second_look(self) -> int:
+        """Step of an attempt, 10 of 130 parts into joint training, after which a silent module would stay silent."""
+        return self._starts[_JOINT] + (self.config.steps - self._starts[_JOINT]) * 10 // 130
+
+    def _repair(self, rows: Rows, step: int, *, silent_only: bool = False) -> None:
+        """Draws x-features anew that are zero on all positives: on for half of them, as strong as the others.
+
+        A hidden layer without a living unit is drawn anew first. ``silent_only`` leaves modules alone that have a
+        living x-feature.
+        """
         layer = cast(Linears, self.nets.encoder[2])
         hidden = self._positives(rows, 2)
-        for g in self._active().tolist():
+        chosen = self._active().tolist()
+        if silent_only:
+            codes = self._positives(rows, 3)
+            chosen = [g for g in chosen if not codes[g].any()]
+        emptied = [g for g in chosen if not hidden[g].any()]
+        for depth in (1, 2) if emptied else ():
+            found = self._positives(rows, depth)
+            for g in emptied:
+                if not found[g].any():
+                    generator = torch.Generator().manual_seed(self._seed_of(g) ^ (step << 40) ^ depth)
+                    cast(Linears, self.nets.encoder[depth - 1]).draw(g, generator)
+        hidden = self._positives(rows, 2) if emptied else hidden
+        for g in chosen:
             before = hidden[g] @ layer.weight[g] + layer.bias[g]
             dead = (before <= 0).all(dim=0)
             if not dead.any() or not hidden[g].any():

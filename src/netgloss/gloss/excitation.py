@@ -46,7 +46,7 @@ def excitation_heatmaps(explainer: Explainer, maps: Tensor, concepts: Sequence[i
         for part in encoder:
             if isinstance(part, nn.Linear):
                 part.rule = Alpha1_Beta0_Rule(set_bias_to_zero=True)
-        relevance = LRP(encoder).attribute(pooled.clone(), target=unit).detach()
+        relevance = LRP(encoder).attribute(pooled.clone().requires_grad_(True), target=unit).detach()
         cells = maps.detach() * (relevance / pooled.clamp_min(1e-30))[:, :, None, None]
         heat = cells.sum(dim=1).clamp_min(0)
         found.append(heat / heat.sum(dim=(1, 2), keepdim=True).clamp_min(1e-30))
