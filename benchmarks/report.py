@@ -93,7 +93,7 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The report: size and time to answer",
         "",
-        f"`{about['command']}`, {about['cores']} cores, load {about['load']:.1f} at the end (over 1: others ran too).",
+        f"`{about['command']}`, {about['cores']} cores, load {about['load']:.1f} at the end (above 1: not alone).",
         "Headless Chromium, file from disk, fresh profile; median (slowest) of the repeats, in seconds. What each",
         "column means is in the script.",
         "",

@@ -33,6 +33,7 @@ def on_files(files: Any, config: Any) -> Any:
 def metrics_reference() -> str:
     """One section a metric of every run: definition, direction, range, and what it stands beside."""
     from netgloss.metrics import dictionary_metrics, image_metrics
+    from netgloss.report.glossary import BASELINES
 
     lines = [
         "# Metrics, one by one",
@@ -47,5 +48,25 @@ def metrics_reference() -> str:
         inputs = ", ".join(f"`{name}`" for name in getattr(cls, "inputs", ()))
         reads = f"reads {inputs or 'the dictionaries of the seeds'}"
         lines += [f"## `{cls.name}` {{ #{cls.name} }}", "", cls.definition, ""]
+        lines += [f"*Stands beside:* {', '.join(f'[{plain(n)}](#baseline-{n})' for n in baselines_of(cls))}.", ""]
         lines += [f"*{better[cls.higher_is_better]}; from {low} to {high}; {reads}; `{cls.__module__}`.*", ""]
+    lines += ["## What the baselines are", ""]
+    for name, text in BASELINES.items():
+        lines += [f"**{plain(name)}** {text}", f"{{: #baseline-{name} }}", ""]
     return "\n".join(lines)
+
+
+def plain(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def baselines_of(cls: Any) -> list[str]:
+    """The baselines that a run gives a metric: those that have what it reads (netgloss/evaluation.py, appraisal.py)."""
+    if cls.name == "stability":
+        return ["random_dictionary", "shuffled_dictionary"]
+    found, inputs = ["random_directions", "natural_axes"], set(getattr(cls, "inputs", ()))
+    if inputs and not inputs & {"concepts", "contributions"}:
+        found += ["shuffled_codes", "mean_activation"]
+    if inputs and not inputs & {"logits", "logits_rebuilt", "contributions"}:
+        found.append("untrained_network")
+    return found

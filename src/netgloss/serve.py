@@ -31,6 +31,7 @@ from netgloss.run import Run, to_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from netgloss.classifiers import Tail
     from netgloss.gloss.heatmaps import ConceptRange
 
 MAX_BYTES = 20_000_000
@@ -55,7 +56,7 @@ class UploadExplainer:
 
     Raises
     ------
-    UserError : the classifier cannot be loaded, or the method does not rebuild the layer's activation.
+    UserError : the classifier cannot be loaded, or the method's concepts do not lead to logits.
     """
 
     def __init__(self, run: Run, *, device: str = "auto") -> None:
@@ -63,11 +64,13 @@ class UploadExplainer:
 
         self.run = run
         self.explainer = run.explainer
-        if self.explainer.target != "activation":
-            raise UserError(f"single images cannot be explained by {run.method}: it does not rebuild the activation")
+        if self.explainer.target == "image":
+            raise UserError(f"{run.method} rebuilds images, not logits: netgloss show explains single images with it")
         self.classifier = run.classifier().to(pick_device(device))
         self.explainer.to(self.classifier.device)
         self.tail = make_tail(self.classifier, run.layer, None)
+        self.above = list(self.explainer.spec.upper)[-1] if self.explainer.target == "upper" else None
+        self.above_tail = make_tail(self.classifier, self.above, None) if self.above else None
         self.affine = self.tail.mode == "graph" and bool(run.manifest.get("tail", {}).get("affine"))
         self.ranges = _ranges(read_run(run.path).concepts["concepts"])
         self._one_at_a_time = threading.Lock()
@@ -151,10 +154,18 @@ class UploadExplainer:
             "numbers": base64.b64encode(to_json(numbers).encode()).decode(),
         }
 
-    def _way_on(self, pixels: Tensor) -> Callable[[Tensor], Tensor]:
-        if self.tail.mode == "graph":
-            return self.tail
-        return lambda activation: self.tail(activation, images=pixels.repeat(len(activation), 1, 1, 1))
+    def _way_on(self, pixels: Tensor) -> Callable[[Any], Tensor]:
+        """What leads from the layer, or from the layers above that were rebuilt, to the logits of these pixels."""
+        from netgloss.evaluation import either_tail
+
+        def bound(tail: Tail) -> Callable[[Tensor], Tensor]:
+            if tail.mode == "graph":
+                return tail
+            return lambda activation: tail(activation, images=pixels.repeat(len(activation), 1, 1, 1))
+
+        if self.above is None or self.above_tail is None:
+            return bound(self.tail)
+        return either_tail(bound(self.tail), bound(self.above_tail), self.above)
 
 
 def _png(write: Callable[[io.BytesIO], Any]) -> str:

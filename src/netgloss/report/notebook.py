@@ -41,8 +41,9 @@ def _text(value: str, limit: int = 60) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th style='text-align:left'>{name}</th>" for name in heads)
-    body = "".join(f"<tr>{''.join(f'<td style=text-align:left>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    style = 'style="text-align:left;padding:2px 12px 2px 0"'
+    head = "".join(f"<th {style}>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td {style}>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
