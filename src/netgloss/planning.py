@@ -281,7 +281,7 @@ def _pace_of_store(activation: np.ndarray, logits: np.ndarray) -> tuple[float, f
                 problems=[""] * len(activation[where]),
             )
         write = total / (time.perf_counter() - started)
-        on_disk = sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file()) if store.pending == [] else 0
+        on_disk = sum(f.stat().st_size for f in Path(store.path).rglob("*") if f.is_file())
         read = total * _pace(lambda: (store.read("layer", slice(0, num)), store.read_logits(slice(0, num))))
     return write, read, on_disk / total
 

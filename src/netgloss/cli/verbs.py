@@ -337,8 +337,8 @@ class Show:
         from netgloss.pipeline import show
         from netgloss.run import Run
 
-        options = {"out": self.out, "top": self.top, "heat": self.heat, "device": self.device}
-        for path in show(Run(self.run_folder), self.images, **options):
+        run = Run(self.run_folder)
+        for path in show(run, self.images, out=self.out, top=self.top, heat=self.heat, device=self.device):
             console().print(str(path))
 
 

@@ -140,7 +140,8 @@ def _label(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
     """Names beside their dots; one whose place is taken moves up or down."""
     from matplotlib.transforms import Bbox
 
-    figure = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     figure.draw_without_rendering()  # lays the axes out, so that extents are the final ones
     taken: list[Any] = []
     for point in sorted(points, key=lambda p: -p["y"]["value"]):

@@ -11,6 +11,7 @@ Shape letters: B images, C features, H W grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -74,10 +75,10 @@ def chosen_heat(
         from netgloss.gloss.igos import optimised_heat
 
         with Taps(classifier.net, [layer]) as taps:
-            heat = [
-                optimised_heat(lambda images, k=k: explainer.encode(taps(images)[layer])[:, k], pixels)
-                for k in concepts
-            ]
-        return torch.stack(heat)
+
+            def activity(images: Tensor, concept: int) -> Tensor:
+                return explainer.encode(taps(images)[layer])[:, concept]
+
+            return torch.stack([optimised_heat(partial(activity, concept=k), pixels) for k in concepts])
 
     return optimised

@@ -242,7 +242,7 @@ class _Training:
         wish = self.explainer.before_step(step, self.stream)
         self.stopped = wish == "stop"
         if wish == "reset":
-            self.optimizer = self.fabric.setup_optimizers(self.explainer.optimizer())  # type: ignore[assignment]
+            self.optimizer = self.fabric.setup_optimizers(self.explainer.optimizer())
         return not self.stopped
 
     def step(self, step: int, batch: Batch) -> tuple[int, str]:
