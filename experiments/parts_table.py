@@ -115,7 +115,7 @@ class Judge:
     @torch.no_grad()
     def decisions(self, explainer: Any) -> dict[str, Any]:
         """Agreement, accuracy and relative errors from both tracks and from each alone; shares; dead maps; p."""
-        from netgloss.explainers.parts import peak_counts
+        from netgloss.explainers._part_watch import peak_counts
         from netgloss.part_gallery import way_shares
 
         ways = TRACKS if explainer.rest is not None else TRACKS[:1]

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from netgloss.errors import UserError, nearest
 from netgloss.explainers._part_loss import filter_loss, peak_mask
+from netgloss.explainers._part_watch import FROZEN, dead_and_frozen, peak_counts, watch
 from netgloss.explainers.base import Batch, Explainer, LayerSpec, Rows, TrainingConfig
 
 Tracks = Literal["both", "interpretable", "ordinary"]
@@ -47,7 +48,6 @@ Tracks = Literal["both", "interpretable", "ordinary"]
 _MOMENTUM = 0.1
 _FLOOR = 1e-3
 _START_BATCHES = 8
-_FROZEN = 0.95
 _MIN_CELLS = 7
 
 
@@ -379,10 +379,10 @@ class PartExplainer(Explainer):
         counts = torch.zeros(self.num_concepts, self.spec.grid[0] * self.spec.grid[1])
         for batch in rows.examples(()):
             counts += peak_counts(self.encode(batch.activation))
-        dead, frozen = _dead_and_frozen(counts)
+        dead, frozen = dead_and_frozen(counts)
         for told, what in (
             (dead, "never active"),
-            (frozen, f"active at one place in over {_FROZEN:.0%} of their images"),
+            (frozen, f"active at one place in over {FROZEN:.0%} of their images"),
         ):
             if told.any():
                 listed = ", ".join(map(str, told.nonzero().flatten().tolist()[:12]))
@@ -412,25 +412,6 @@ def choose_upper(later: Sequence[str]) -> tuple[str, ...]:
         return (last,)
     block = before[-1].rpartition(".")[0]
     return (block if "." in block and block in later else before[-1]), last
-
-
-def watch(maps: Tensor) -> dict[str, Tensor]:
-    """Shares of dead maps (never above 0) and of frozen ones (one peak in over 95 % of the images where they are
-    active) in a batch (B, C, H, W)."""
-    dead, frozen = _dead_and_frozen(peak_counts(maps))
-    return {"dead_share": dead.float().mean(), "frozen_share": frozen.float().mean()}
-
-
-def peak_counts(maps: Tensor) -> Tensor:
-    """(C, P): in how many images (B, C, H, W) each map has its peak, above 0, in each cell."""
-    height, peak = maps.detach().flatten(2).max(dim=2)
-    counts = maps.new_zeros(maps.shape[1], maps.shape[2] * maps.shape[3])
-    return counts.scatter_add_(1, peak.T, (height > 0).T.to(counts))
-
-
-def _dead_and_frozen(counts: Tensor) -> tuple[Tensor, Tensor]:
-    active = counts.sum(dim=1)
-    return active == 0, (active > 1) & (counts.amax(dim=1) > _FROZEN * active)
 
 
 def _floored(mass: Tensor) -> Tensor:
