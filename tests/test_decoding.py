@@ -20,8 +20,10 @@ from netgloss.figures import (
     ConceptPictures,
     Triple,
     alpha_strip,
+    alpha_trade_off,
     concept_strip,
     decoded_triples,
+    depth_curve,
     difference_map,
     layer_strip,
     neighbour_strip,
@@ -281,6 +283,19 @@ def test_strips() -> None:
     figure = concept_strip([row, row], visibility="visibility 2 (1.5 to 3)", title="concept 3")
     assert any("−1.25" in axes.get_xlabel() and "off manifold" in axes.get_xlabel() for axes in figure.axes)
     assert len(READING) == 4
+
+
+def test_curves() -> None:
+    figure = alpha_trade_off(
+        [0, 0.5], [40, 42], [0.8, 0.7], num_values=1024, ylabel="class loss", points={"reference": (25.0, 1.3)}
+    )
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["0", "0.5", "reference"]
+    assert axes.lines[0].get_xydata().tolist() == [[40, 0.8], [42, 0.7]]
+    assert "1,024" in axes.get_xlabel()
+    figure = depth_curve(["a", "b"], {"rec_cladec": [1, 2], "rec_refae": [0.5, math.nan]}, ylabel="R")
+    assert [line.get_label() for line in figure.axes[0].lines] == ["rec_cladec", "rec_refae"]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["a", "b"]
 
 
 # -- the whole way ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from netgloss.figures.decoded import (
     layer_strip,
     neighbour_strip,
 )
+from netgloss.figures.decoded_curves import alpha_trade_off, depth_curve
 from netgloss.figures.overlay import concept_gallery, image_explanation, overlay_map
 from netgloss.figures.svg import to_svg
 
@@ -36,6 +37,7 @@ __all__ = [
     "accuracy_by_eps",
     "activation_histogram",
     "alpha_strip",
+    "alpha_trade_off",
     "before_and_after",
     "class_concepts",
     "concept_gallery",
@@ -43,6 +45,7 @@ __all__ = [
     "consistency_histograms",
     "cosines_by_bin_chart",
     "decoded_triples",
+    "depth_curve",
     "difference_map",
     "heat_tile",
     "history_curves",
