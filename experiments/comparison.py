@@ -23,6 +23,8 @@ NETWORKS = {"mobilenet_v2": ("features.18", "features.13"), "squeezenet1_0": ("f
 IMAGES = ("imagenette", "animals", "carparts")
 CONFIGS = {
     "nmf": {"max_rows": 6000},
+    "ica": {"max_rows": 6000},
+    "kmeans": {"max_rows": 6000, "n_init": 1},
     "semi-nmf": {"max_rows": 6000, "max_iter": 100},
     "topk-sae": {"steps": 300, "batch_size": 1024},
     "batch-topk-sae": {"steps": 300, "batch_size": 1024},
@@ -30,13 +32,14 @@ CONFIGS = {
     "basis": {"steps": 150, "batch_size": 2048},
     "srae": {"joint": True, "num_concepts": 12, "steps": 1000, "attempts": 1},
 }
+EVERYWHERE = {"parts": "trains a copy of the layers above, minutes a fit on one core, beyond this experiment's time"}
 WITHOUT = {
     "features.18": {"basis": "1,280 features: about 2 s a step on one core, beyond this experiment's time"},
 }
 FAITHFUL = {  # images for C-deletion, and for Shapley and Sobol values; an affine tail has them in closed form
-    "features.18": (48, 48),
-    "features.13": (12, 0),
-    "features.12": (16, 0),
+    "features.18": (32, 32),
+    "features.13": (8, 0),
+    "features.12": (8, 0),
 }
 SHOWN = [
     "r2",
@@ -62,13 +65,13 @@ def sources(name: str) -> tuple[object, object | None, str | None]:
 
     if name == "imagenette":
         parts = [netgloss.open_images(DATA / "data" / "imagenette" / part) for part in ("train", "val")]
-        fit, judge = (_even(source, count) for source, count in zip(parts, (40, 20), strict=True))
+        fit, judge = (_even(source, count) for source, count in zip(parts, (30, 10), strict=True))
         return fit, judge, None
     if name == "animals":
-        return _even(netgloss.open_images(DATA / "data" / "animals"), 75), None, None
+        return _even(netgloss.open_images(DATA / "data" / "animals"), 50), None, None
     cars = DATA / "data" / "carparts"
     return (
-        netgloss.open_images(cars / "train" / "images"),
+        netgloss.open_images(cars / "train" / "images").subset(range(300)),
         netgloss.open_images(cars / "test" / "images"),
         str(cars / "test"),
     )
@@ -107,7 +110,7 @@ def run(cell: str, work: Path, methods: str) -> None:
         eval_images=judge,
         annotations=annotations,
         configs=CONFIGS,
-        without=WITHOUT.get(layer, {}),
+        without=EVERYWHERE | WITHOUT.get(layer, {}),
         options=CompareOptions(network_images=64 if images == "imagenette" else 0),
         faithfulness=FaithfulnessOptions(images=deletion, importance_images=importances, steps=8),
         store=store,
