@@ -12,6 +12,7 @@ Three seeds. Images to fit on and to judge on are disjoint. 32 concepts where a 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -177,8 +178,6 @@ def _page(found, missing: list[str]) -> str:
         "interval over images and seeds. ≈: not distinguishable from random; ↓: worse than random (paired bootstrap",
         "over images against random directions with as many concepts, and shuffled codes). comparison.json has all",
         "scores, controls and definitions; docs/comparison.md says in words what this shows and what it does not.",
-        "",
-        f"Options that are not defaults: `{json.dumps(CONFIGS)}`.",
     ]
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
@@ -205,7 +204,22 @@ def _page(found, missing: list[str]) -> str:
                 rows.append([name, str(m["num_concepts"]), str(m["fit_seconds"]), *cells_])
         lines += ["", *_table(["method", "K", "seconds", *shown], rows), ""]
         lines += [f"- left out: {name}: {reason}" for name, reason in one.left_out.items()]
+        lines.append(f"- options other than the defaults: {_options(record['methods'])}")
     return "\n".join(lines) + "\n"
+
+
+def _options(methods: list[dict]) -> str:
+    from netgloss.explainers.base import find_explainer
+
+    told = []
+    for m in methods:
+        if not m["reason"] and m["kind"] == "method":
+            fields = {f.name: f.default for f in dataclasses.fields(find_explainer(m["method"]).Config)}
+            changed = {
+                k: v for k, v in m["config"].items() if fields.get(k) != v and k not in ("num_concepts", "classes")
+            }
+            told.append(f"{m['name']} {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "")
+    return "; ".join(filter(None, told))
 
 
 def _counts(one, metric: str) -> str:
