@@ -345,20 +345,20 @@ class SRAE(ClassScores):
     def _repair(self, rows: Rows, step: int, *, silent_only: bool = False) -> None:
         """Draws x-features anew that are zero on all positives: on for half of them, as strong as the others.
 
-        A hidden layer without a living unit is drawn anew first. ``silent_only`` leaves modules alone that have a
-        living x-feature.
+        A hidden layer that says nothing of the positives is drawn anew first. ``silent_only`` leaves modules alone
+        whose x-features tell them apart.
         """
         layer = cast(Linears, self.nets.encoder[2])
         hidden = self._positives(rows, 2)
         chosen = self._active().tolist()
         if silent_only:
             codes = self._positives(rows, 3)
-            chosen = [g for g in chosen if not codes[g].any()]
-        emptied = [g for g in chosen if not hidden[g].any()]
+            chosen = [g for g in chosen if _is_silent(codes[g])]
+        emptied = [g for g in chosen if _is_silent(hidden[g])]
         for depth in (1, 2) if emptied else ():
             found = self._positives(rows, depth)
             for g in emptied:
-                if not found[g].any():
+                if _is_silent(found[g]):
                     generator = torch.Generator().manual_seed(self._seed_of(g) ^ (step << 40) ^ depth)
                     cast(Linears, self.nets.encoder[depth - 1]).draw(g, generator)
         hidden = self._positives(rows, 2) if emptied else hidden
@@ -380,3 +380,10 @@ class SRAE(ClassScores):
                 bound = self.config.num_concepts**-0.5
                 for incoming in (cast(Linears, self.nets.decoder[0]).weight[g, i], self.nets.head.weight[g, i]):
                     incoming.copy_(torch.empty(incoming.shape).uniform_(-bound, bound, generator=generator))
+
+
+def _is_silent(values: Tensor) -> bool:
+    """True if no unit (P, .) tells the images apart: all are off, or on by their biases alone."""
+    if len(values) < 2:
+        return not bool(values.any())
+    return bool((values.amax(dim=0) - values.amin(dim=0) <= 1e-6 * values.amax()).all())
