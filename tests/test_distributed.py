@@ -18,7 +18,7 @@ NETGLOSS = [sys.executable, "-m", "netgloss.cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29561", "-m",
             "netgloss.cli"]  # fmt: skip
 TWO = ["--device", "cpu", "--devices", "2"]
-IMAGES = "critters:900"
+IMAGES = "critters:600"
 FITTING = ["--num-concepts", "8", "--top-k", "2", "--steps", "30", "--batch-size", "64", "--aux-weight", "0", "--seeds",
            "1"]  # fmt: skip
 EXPLAIN = ["explain", "topk-sae", "--model", "critters", "--layer", "block5", "--images", IMAGES, *FITTING,

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 _LOG_EVERY = 20
+_PATIENCE = timedelta(hours=12)
 
 
 class Checkpoint(Protocol):
@@ -57,6 +59,7 @@ def make_fabric(device: str = "auto", *, devices: int = 1, nodes: int = 1, preci
     that torchrun or Slurm started.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
 
     known = ("auto", "cpu", "cuda", "gpu", "mps")
     if device not in known:
@@ -70,8 +73,8 @@ def make_fabric(device: str = "auto", *, devices: int = 1, nodes: int = 1, preci
             accelerator=device,
             devices=devices,
             num_nodes=nodes,
-            # methods that train in stages leave parameters out
-            strategy="ddp_find_unused_parameters_true" if devices * nodes > 1 else "auto",
+            # methods that train in stages leave parameters out; a direct fit in process 0 lets the others wait for hours
+            strategy=DDPStrategy(find_unused_parameters=True, timeout=_PATIENCE) if devices * nodes > 1 else "auto",
             precision=precision,  # type: ignore[arg-type]
         )
     except Exception as error:  # Fabric's own message says which accelerator is missing
