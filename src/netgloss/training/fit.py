@@ -73,7 +73,7 @@ def make_fabric(device: str = "auto", *, devices: int = 1, nodes: int = 1, preci
             accelerator=device,
             devices=devices,
             num_nodes=nodes,
-            # methods that train in stages leave parameters out; a direct fit in process 0 lets the others wait for hours
+            # methods that train in stages leave parameters out; a direct fit in process 0 lets the others wait
             strategy=DDPStrategy(find_unused_parameters=True, timeout=_PATIENCE) if devices * nodes > 1 else "auto",
             precision=precision,  # type: ignore[arg-type]
         )
