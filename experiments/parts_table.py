@@ -198,7 +198,7 @@ def write_table(name: str, study: Any, arms: dict[str, Any], data: Path, runs: P
         if len(judge.store.shapes[layer]) == 3 and min(judge.store.shapes[layer][1:]) > 1:
             keep(f"original filters of {layer}", 0, lambda layer=layer: judge.natural(layer))
     for method, options in OTHERS.items():
-        for seed in range(1 if method == "pca" else 3):
+        for seed in range(3 if method == "random-directions" else 1):
             if all(entry["seed"] != seed for entry in rows.get(method, [])):
                 explainer = judge.other(method, options, seed)
                 keep(method, seed, lambda e=explainer: {**judge.places(e), **judge.iou(e)})
