@@ -18,9 +18,9 @@ from netgloss.cli import main
 from netgloss.comparison import CompareOptions, Comparison, FaithfulnessOptions, compare
 from netgloss.comparison import judge as judging
 from netgloss.comparison.paired import Difference, Measured, difference
-from netgloss.comparison.result import _mark
+from netgloss.comparison.result import _dictionary_verdict, _mark
 from netgloss.errors import UserError
-from netgloss.metrics.base import ImageMetric
+from netgloss.metrics.base import ImageMetric, Score
 from netgloss.pipeline import fit_run, store_info
 from test_cli import fails
 
@@ -127,6 +127,20 @@ def test_a_mark_needs_every_control() -> None:
     assert _mark(["higher", "lower"]) == "differs from random"
     assert _mark(["better", "unknown"]) == "beats random"
     assert _mark(["unknown"]) == _mark([]) == ""
+
+
+def test_a_dictionary_score_is_compared_with_the_best_random_one() -> None:
+    def mark(value: float, low: float | None, high: float | None, better: bool | None, **others: float) -> str:
+        score = Score("m", value, low, high, dict(others), 3, 1, better, "")
+        return str(_dictionary_verdict(score)["mark"])
+
+    assert mark(0.9, 0.8, 1.0, True, random_dictionary=0.3, shuffled_dictionary=0.7) == "beats random"
+    assert (
+        mark(0.9, 0.6, 1.0, True, random_dictionary=0.3, shuffled_dictionary=0.7) == "not distinguishable from random"
+    )
+    assert mark(0.2, None, None, False, random_directions=0.1) == "worse than random"
+    assert mark(1e-8, None, None, False, random_directions=2e-9) == "not distinguishable from random", "rounding"
+    assert mark(0.9, 0.8, 1.0, True, untrained_network=0.3) == mark(0.9, 0.8, 1.0, None, random_dictionary=0.3) == ""
 
 
 # -- the sweep --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from netgloss.comparison.faithful import FAITHFULNESS, RANDOM_RANKING
 from netgloss.comparison.judge import Answer, View, together
-from netgloss.comparison.paired import Difference, Measured, difference
+from netgloss.comparison.paired import ROUNDING, Difference, Measured, difference
 from netgloss.explainers.base import Explainer
 from netgloss.metrics import Score, image_metrics
 from netgloss.metrics.base import ImageMetric, interval
@@ -224,7 +224,7 @@ def _dictionary_verdict(score: Score) -> dict[str, Any]:
         return {"against": {}, "mark": ""}
     low, high = (score.value if end is None or not math.isfinite(end) else end for end in (score.low, score.high))
     best = max(others.values()) if better else min(others.values())
-    if low <= best <= high:
+    if low - ROUNDING <= best <= high + ROUNDING:
         mark = "not distinguishable from random"
     else:
         mark = "beats random" if (score.value > best) == better else "worse than random"
