@@ -26,6 +26,8 @@ from netgloss.metrics.dissection import GRID, Detectors, Dissection, Masks, Over
 from netgloss.metrics.dissection_rates import extent, on_rates, rate_thresholds, shared_thresholds
 from netgloss.metrics.dissection_significance import PermutationTest, blocks_of
 
+_HELD = 1 << 26
+"""Numbers of the label rows that are kept in memory between passes (256 MiB); more are computed again."""
 LABEL_SHARE = 0.6
 """Share of the annotated images that gives labels and thresholds, where there is one set only."""
 
@@ -247,9 +249,22 @@ def dissect(
     if label_data.vocabulary != score_data.vocabulary:
         raise UserError("label and score images must be annotated with the same labels: pass the same labels=")
 
+    held: list[Tensor] = []
+
     def chunks() -> Iterator[Tensor]:
+        if held:
+            yield from held
+            return
+        parts: list[Tensor] = []
+        elements = 0
         for _, activation in label_data.batches(label_images, batch_size=batch_size):
-            yield to_rows(explainer.encode(activation))
+            rows = to_rows(explainer.encode(activation))
+            elements += rows.numel()
+            if elements <= _HELD:
+                parts.append(rows)
+            yield rows
+        if elements <= _HELD:
+            held.extend(parts)
 
     names, thresholds = _thresholds(explainer, chunks, rules)
     rates = on_rates(chunks, thresholds).mean(1)
