@@ -2,7 +2,8 @@
 
     python experiments/basis_dissection.py --model torchvision:mobilenet_v2 --layer features.13 --fits DIR --stores DIR
 
-``--fits`` is a folder of experiments/basis_fits.py. Nothing is tuned here; the score images (carparts/test) enter
+``--fits`` is a folder of experiments/basis_fits.py; what has been judged is kept in it, so that a run that was stopped
+continues. Nothing is tuned here; the score images (carparts/test) enter
 nothing but the scores. Everything is compared at the mean on-rate r of the ``default`` basis over the label rows:
 ``rate`` gives each direction its own quantile, ``shared`` one threshold to all. Writes
 experiments/basis-<model>-<layer>.{json,md}.
@@ -107,6 +108,9 @@ class Study:
             "controls": {},
             "detectors": {},
         }
+        self.kept = options.fits / "dissection.part.json"
+        if self.kept.exists():
+            self.results = json.loads(self.kept.read_text())
         self.rate = 0.0
         self.stream = self._stream()
 
@@ -128,8 +132,11 @@ class Study:
             self.add(method, self._fitted(method), [r for r in main if not r.startswith("shared")])
         if not self.options.random_weights:
             for negatives in (20, 2):
+                name = f"supervised {negatives}:1"
+                if name in self.results["table"]:
+                    continue
                 found = [self._supervised(negatives, seed) for seed in range(self.options.probes)]
-                self.add(f"supervised {negatives}:1", found, [r for r in main if not r.startswith("shared")])
+                self.add(name, found, [r for r in main if not r.startswith("shared")])
         for variant in LEARNED:
             self.add(variant, self._fitted(variant), main)
         if not self.options.no_sweep and bases:
@@ -147,7 +154,7 @@ class Study:
     def told(self) -> str:
         """How many steps the learned fits took, by method."""
         steps: dict[str, set[int]] = {}
-        for path in sorted(self.options.fits.glob("*.json")):
+        for path in sorted(self.options.fits.glob("*-[0-9].json")):
             history = json.loads(path.read_text())["history"]
             if history:
                 steps.setdefault(path.stem.rpartition("-")[0], set()).add(history[-1]["step"])
@@ -187,11 +194,12 @@ class Study:
         from netgloss.dissect import significance
         from netgloss.metrics.base import interval
 
-        if not explainers:
+        if not explainers or self.results["table"].get(name, {}).get("fits") == len(explainers):
             return
         start = time.perf_counter()
         rows: dict[str, list[dict[str, float]]] = {}
         boot: dict[str, Any] = {}
+        self.results["equal"].pop(name, None)
         for number, explainer in enumerate(explainers):
             own = getattr(explainer, "thresholds", None) is not None
             mine = [r for r in rules if r != "own" or own or name in ("nmf", "nmf32", "topk-sae")]
@@ -218,7 +226,8 @@ class Study:
             low_high = boot.get(rule) or list(interval(torch.tensor([s["S1"] for s in seeds])))
             by_seed = {k: [s[k] for s in seeds] for k in ("S1", "S1x", "S1xl", "S2", "S2x", "S2xl")}
             table[rule] = {**mean, "S1_interval": low_high, "seeds": len(seeds), "by_seed": by_seed}
-        self.results["table"][name] = table
+        self.results["table"][name] = {"fits": len(explainers), **table}
+        self.keep()
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
     def joint(self, explainer: Any, found: Any) -> dict[str, float]:
@@ -232,9 +241,16 @@ class Study:
             return joint_behaviour(batches, found.thresholds, found.detectors, self.score.grid)
 
     def sweep(self, name: str, explainer: Any) -> None:
+        if name in self.results["sweep"]:
+            return
         rules = [f"{kind}:{rate:g}" for kind in ("rate", "shared") for rate in SWEEP]
         found = self.judge(explainer, rules)
         self.results["sweep"][name] = {rule: one.scores() for rule, one in found.items()}
+        self.keep()
+
+    def keep(self) -> None:
+        """What there is so far."""
+        self.kept.write_text(json.dumps(self.results))
 
     def controls(self, basis: Any) -> None:
         """Masks of another image; a mask in the middle of every image."""
