@@ -190,8 +190,9 @@ def fit_together(
 
 def _adopt(explainer: Explainer, stream: ActivationStream) -> None:
     """Hands out a fresh copy of the network's section to a method that asked for it."""
-    if stream.around.section is not None:
-        explainer.adopt(stream.around.section().cpu())
+    section = getattr(getattr(stream, "around", None), "section", None)  # rows in memory have nothing around them
+    if section is not None:
+        explainer.adopt(section().cpu())
 
 
 def _tell(log: Callable[[dict[str, Any]], None], number: int, line: dict[str, Any]) -> None:
