@@ -343,6 +343,20 @@ def unit(
     return found
 
 
+def allowed_error(setting: Setting, share: float = 0.98) -> float:
+    """Standard deviation of an error of the score that leaves ``share`` of the class's images with their decision."""
+    margins = []
+    for c in setting.classes:
+        own = setting.held.logits[setting.held.labels == c]
+        margins.append((own[:, c] - own.index_fill(1, torch.tensor([c]), -torch.inf).amax(1)).abs())
+    margin = torch.cat(margins).double().numpy()
+    low, high = 1e-3, 100.0
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if stats.norm.cdf(margin / middle).mean() > share else (low, middle)
+    return low
+
+
 def write(options: argparse.Namespace, records: list[dict], setting: Setting, names: list[str]) -> None:
     given = {k: v for k, v in vars(options).items() if k not in ("arms", "minutes", "work", "seeds")}
     command = "python experiments/srae.py " + " ".join(f"--{k} {v}" for k, v in given.items())
@@ -374,8 +388,9 @@ def write(options: argparse.Namespace, records: list[dict], setting: Setting, na
         accuracy = [np.mean([r[key] for r in own]) for key in ("accuracy_positive", "accuracy_network")]
         lines += [
             "",
-            f"The class's images: the network's logit is {margin:.1f} from the best other one (median of |margin|); "
-            f"accuracy {accuracy[1]:.3f}, with the score of arm srae {accuracy[0]:.3f}.",
+            f"The class's images: the network's logit is {margin:.1f} from the best other one (median of |margin|), and "
+            f"98 % would keep their decision at a Gaussian error of {allowed_error(setting):.2f} logits; its accuracy is "
+            f"{accuracy[1]:.3f}, with the score of arm srae {accuracy[0]:.3f}.",
         ]
     tries = [r for r in records if r["arm"] == "srae, restarts"]
     if tries:
