@@ -388,7 +388,7 @@ def write(options: argparse.Namespace, records: list[dict], setting: Setting, na
         accuracy = [np.mean([r[key] for r in own]) for key in ("accuracy_positive", "accuracy_network")]
         lines += [
             "",
-            f"The class's images: the network's logit is {margin:.1f} from the best other one (median of |margin|); 98 % "
+            f"The class's images: the logit is {margin:.1f} from the best other one (median of |margin|); 98 % "
             f"keep their decision if the score has a Gaussian error of {allowed_error(setting):.2f} logits. Accuracy "
             f"{accuracy[1]:.3f}, with the score of arm srae {accuracy[0]:.3f}.",
         ]
