@@ -70,7 +70,7 @@ def processes() -> dict:
             )
             times = json.loads((out / "run.json").read_text())["times"]
             rows.append({"name": name, "total": time.perf_counter() - started, **times})
-    return {"images": 360, "rows": rows}
+    return {"images": 360, "model": f"{MODEL} {LAYER}", "rows": rows}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def precision() -> dict:
     for name, values in moved:
         gap = float((values - plain).norm() / plain.norm())
         next(r for r in rows if r["name"] == name)["relative deviation"] = gap
-    return {"rows": rows}
+    return {"model": MODEL, "rows": rows}
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def _processes(part: dict) -> list[str]:
 
     rows = [[r["name"], *(cell(r, k) for k in ("capture", "fit seed 0", "evaluate")), f"{r['total']:.0f} s"]
             for r in part["rows"]]  # fmt: skip
-    return [f"{part['images']} images of 224 px, {MODEL} {LAYER}, random weights, one run each.", "",
+    return [f"{part['images']} images of 224 px, {part['model']}, random weights, one run each.", "",
             *table(["", "capture", "fit", "evaluate", "whole command"], rows)]  # fmt: skip
 
 
@@ -322,7 +322,7 @@ def _memory(part: dict) -> list[str]:
 def _precision(part: dict) -> list[str]:
     rows = [[r["name"], f"{r['images/s']:.0f} images/s", f"{r['slowest']:.0f}", f"{r['first call']:.1f} s",
              f"{r['relative deviation']:.1e}" if "relative deviation" in r else "-"] for r in part["rows"]]  # fmt: skip
-    return [f"{MODEL}, 32 images of 224 px a batch, five runs.", "",
+    return [f"{part['model']}, random weights, 32 images of 224 px a batch, five runs.", "",
             *table(["", "fastest", "slowest", "first call", "relative deviation"], rows)]  # fmt: skip
 
 
