@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hostile import CASES
+from hostile import CASES, edit, planted, put
 from netgloss.cli import main
 from netgloss.errors import UserError
 
@@ -97,3 +97,13 @@ def test_code_that_a_folder_names_runs_only_if_it_was_named_or_allowed(tmp_path:
         assert load_from_spec(spec).weights_hash == spec["weights_hash"]
     finally:
         trust.trust_code(False)
+
+
+def test_the_method_that_a_run_claims_is_never_run(tmp_path: Path, good: Path) -> None:
+    """What counts is the explainer's own header, which is checked; run.json may say what it likes."""
+    for part in ("store", "run"):
+        shutil.copytree(good / part, tmp_path / part)
+    edit("run/run.json", put("method", planted(tmp_path)))(tmp_path)
+    with contextlib.chdir(tmp_path), contextlib.suppress(SystemExit):
+        main(["evaluate", "run", "--annotations", "critters:12,seed=3"])
+    assert not (tmp_path / "ran").exists()

@@ -20,7 +20,6 @@ from netgloss.appraisal import split_store
 from netgloss.dissect import Dissected, MaskedLayer, dissect, significance, split_annotated
 from netgloss.errors import UserError
 from netgloss.evaluation import make_controls
-from netgloss.explainers.base import find_explainer
 from netgloss.locate import landmarks_of, location_scores, peaks_of
 from netgloss.metrics import Score, interval
 from netgloss.metrics.dissection import DETECTOR_IOU
@@ -89,7 +88,7 @@ def dissect_run(
     UserError : no annotations; a score image that the run was fitted on.
     """
     progress = progress or Silent()
-    if find_explainer(run.method).target == "image":
+    if run.explainer.target == "image":
         raise UserError(f"{run.method} decodes the layer's units and has no concepts of its own: label natural-axes")
     images = open_annotated(annotations, source)
     with tempfile.TemporaryDirectory() as folder:

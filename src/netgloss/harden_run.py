@@ -40,6 +40,7 @@ from netgloss.metrics.feature_health import response_correlation
 from netgloss.progress import Progress, Silent
 from netgloss.run import FileCheckpoint, Run, read_history, read_json, to_json, versions, write_atomically
 from netgloss.training import make_fabric
+from netgloss.trust import check_code
 
 if TYPE_CHECKING:
     from netgloss.data import ImageSource
@@ -396,6 +397,7 @@ class _Job:
 def load_hardened(run: Run, arm: str, seed: int = 0) -> Classifier:
     """A hardened network of a run as a classifier, loaded like any other checkpoint."""
     spec = run.manifest["model"]
+    check_code(spec["name"], str(run.path))
     return load_classifier(
         spec["name"],
         checkpoint=run.path / f"hardened-{arm}-seed{seed}.safetensors",

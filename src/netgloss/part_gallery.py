@@ -48,7 +48,7 @@ def write_galleries(
     """
     from netgloss.figures.parts import part_gallery
 
-    store = Store.open(run.manifest["store"])
+    store = Store.open(run.store)
     if source.fingerprint != store.key.data_fingerprint:
         raise UserError(f"{source.description} are not the images of the run {run.path}")
     if len(store.shapes[run.layer]) != 3:
