@@ -513,7 +513,9 @@ def test_units_are_matched_again() -> None:
     assert torch.isnan(response_correlation(before, torch.ones(50, 6))).all()
 
 
-def test_checkpoint_loads_like_any_other(classifier: Classifier, tmp_path: Path) -> None:
+def test_checkpoint_loads_like_any_other(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from netgloss.harden_run import HardenPlan, harden_run, load_hardened
 
     plan = HardenPlan(arms=("clean", "consistent"), seeds=2, betas=(0.5, 2.0), k=4, v_steps=2, attack_images=9)
@@ -554,6 +556,9 @@ def test_checkpoint_loads_like_any_other(classifier: Classifier, tmp_path: Path)
     for name in ("pgd 2 eps", "least-likely", "transfer", "feature", "Training", "Before and after"):
         assert name in page
     assert not list(out.glob("*.checkpoint.safetensors"))
+    monkeypatch.setattr("netgloss.trust._named", set())
+    with pytest.raises(UserError, match="--trust-code"):
+        load_hardened(found, "consistent", 1)
     stamp = (out / "hardened-clean-seed0.safetensors").stat().st_mtime_ns
     harden_run(classifier, pictures(), pictures(8, seed=1), out=out, **options)
     assert (out / "hardened-clean-seed0.safetensors").stat().st_mtime_ns == stamp

@@ -395,9 +395,14 @@ class _Job:
 
 
 def load_hardened(run: Run, arm: str, seed: int = 0) -> Classifier:
-    """A hardened network of a run as a classifier, loaded like any other checkpoint."""
+    """A hardened network of a run as a classifier, loaded like any other checkpoint.
+
+    Raises
+    ------
+    UserError : the run names a Python file that the user has neither named nor allowed.
+    """
     spec = run.manifest["model"]
-    check_code(spec["name"], str(run.path))
+    check_code(spec["name"], f"the run {run.path}")
     return load_classifier(
         spec["name"],
         checkpoint=run.path / f"hardened-{arm}-seed{seed}.safetensors",
