@@ -15,9 +15,9 @@ from torch import Tensor
 HERE = Path(__file__).parent
 OTHERS: dict[str, dict[str, Any]] = {
     "pca": {"num_concepts": 32},
-    "nmf": {"num_concepts": 32},
+    "nmf": {"num_concepts": 32, "negative": "clip"},
     "kmeans": {"num_concepts": 32},
-    "topk-sae": {"num_concepts": 96, "top_k": 8, "steps": 500},
+    "topk-sae": {"num_concepts": 96, "top_k": 8, "steps": 200},
     "random-directions": {"num_concepts": 96},
 }
 IOU_RATE = "rate:0.005"
