@@ -29,8 +29,8 @@ from torch import Tensor
 from netgloss.errors import UserError
 from netgloss.metrics.base import ImageMetric, student_t
 
-ROUNDING = 1e-5
-"""Differences up to this are put down to rounding: an affine tail departs from its linear surrogate by about 1e-7."""
+ROUNDING = 1e-4
+"""Differences up to this are put down to rounding: an affine tail departs from its linear surrogate by 1e-7 to 1e-5."""
 
 Verdict = Literal["better", "worse", "higher", "lower", "same", "unknown"]
 
