@@ -158,7 +158,7 @@ def test_preprocessing_round_trips() -> None:
     [
         ({"size": (0, 4)}, "positive pixels"),
         ({"size": (4, 4), "mean": (0.5,)}, "one number for each of 3 channels"),
-        ({"size": (4, 4), "std": (1.0, 0.0, 1.0)}, "std must be positive"),
+        ({"size": (4, 4), "std": (1.0, 0.0, 1.0)}, "std positive"),
         ({"size": (4, 4), "crop": "left"}, "crop='center'"),
         ({"size": (4, 4), "interpolation": "cubic"}, "interpolation must be one of"),
         ({"size": (4, 4), "channels": 4}, "1 .grey. or 3"),

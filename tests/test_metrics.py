@@ -44,7 +44,9 @@ def example(*, maps: bool, seed: int = 0) -> dict[str, Tensor]:
         "contributions": torch.randn(NUM_IMAGES, 6, generator=g),
     }
     inputs["image"] = torch.rand(NUM_IMAGES, 3, 4, 5, generator=g)
-    inputs["mean_image"] = inputs["image"].mean(dim=0).expand_as(inputs["image"])
+    inputs["mean_image"] = inputs["image"].mean(dim=0).expand_as(inputs["image"]).clone()
+    inputs["upper"] = torch.randn(NUM_IMAGES, 7, *grid, generator=g)
+    inputs["upper_rebuilt"] = inputs["upper"] + 0.3 * torch.randn(inputs["upper"].shape, generator=g)
     for name, noise in (("decoded", 0.2), ("reference", 0.1)):
         inputs[name] = inputs["image"] + noise * torch.randn(inputs["image"].shape, generator=g)
     inputs["logits_decoded"] = inputs["logits_rebuilt"] + torch.randn(logits.shape, generator=g)

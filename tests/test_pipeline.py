@@ -313,16 +313,6 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-def test_the_example_of_contributing_is_a_method(tmp_path: Path) -> None:
-    (method,) = python_blocks(ROOT / "CONTRIBUTING.md")
-    (tmp_path / "group_means.py").write_text(method)
-    run = netgloss.explain(f"{tmp_path / 'group_means.py'}:GroupMeans", "critters", "block5", "critters:40",
-                           out=tmp_path / "r", num_concepts=4, seeds=2, scale=2.0,
-                           evaluation=netgloss.EvaluationOptions(untrained_images=0))  # fmt: skip
-    assert run.explainer.config.scale == 2.0
-    assert {s.metric for s in run.scores} >= {"r2", "agreement", "stability"}
-
-
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(ROOT / "README.md")
