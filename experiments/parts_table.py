@@ -308,7 +308,7 @@ def hypotheses(record: dict[str, Any]) -> list[str]:
     if "main" not in rows:
         return ["No fit of the main arm."]
     main = rows["main"]
-    few = "" if len(main) > 2 else f" ({len(main)} seed(s) only)"
+    few = "" if len(main) > 2 else f" in {len(main)} seed(s) of the 3 that a claim needs: not settled"
     value, low, high = ratio_of(main)
     original = ratio_of(rows[f"original filters of {record['layer']}"])
     change = float(np.mean([e["both"]["accuracy_change"] for e in main]))
