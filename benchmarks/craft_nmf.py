@@ -205,6 +205,16 @@ def main() -> None:
             for name, found in by_side.items()
         }
     lines += ["", "times: how many times faster than Craft-xai, fit and importances together."]
+    sums = [
+        f"{name} {sum(found[0]['importance']):.2f}" for by_side in table.values() for name, found in by_side.items()
+    ]
+    lines += [
+        "",
+        "The fit is scikit-learn's on both sides, theirs from an SVD, ours from a random start. Indices of an affine",
+    ]
+    lines += [
+        f"layer add up to 1; these sums (in the table's order) say how rough the estimates are: {', '.join(sums)}."
+    ]
     (HERE / "craft_nmf.md").write_text("\n".join(lines) + "\n")
     (HERE / "craft_nmf.json").write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(lines))
