@@ -118,7 +118,7 @@ def test_pull_away_of_features() -> None:
     x[0, torch.arange(6), torch.arange(6) % 3] = torch.rand(6) + 0.5
     for weights in (torch.tensor([1.0, -2.0, 30.0]), torch.ones(3)):
         rows = contribution_table(x, weights[None, :, None]).transpose(-1, -2)
-        assert float(pull_away(rows)) < 1e-12  # disjoint supports, whatever the head
+        assert float(pull_away(rows)) < 1e-6  # disjoint supports, whatever the head, up to rounding
     dense = torch.rand(1, 6, 3)
     values = [
         float(pull_away(contribution_table(dense, w.reshape(1, 3, 1)).transpose(-1, -2)))

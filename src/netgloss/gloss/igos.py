@@ -13,7 +13,7 @@ most 0.001 halfway, the weight of the first penalty is divided by 10; if by at m
 
 Sources: Qi, Khorram & Fuxin, "Visualizing Deep Networks by Optimizing with Integrated Gradients", AAAI 2020, and its
 published code for the numbers; f for concepts is ours. Kernel 51 and sigma 50 of the blur are for 224 pixels and scale
-with the image. Captum has no such method.
+with the image, and so does the weight 60, with the number of cells: the same mask drawn coarser costs the same. Captum has no such method.
 
 Shape letters: m channels, S S' pixels.
 """
@@ -66,8 +66,10 @@ def optimised_heat(concept: Callable[[Tensor], Tensor], pixels: Tensor, *, seed:
         up = interpolate(mask, size=size, mode="bilinear", align_corners=False)
         return blurred + up * (pixels - blurred)
 
+    smooth = _SMOOTH * mask.shape[2] * mask.shape[3] / (_SIDE // 2) ** 2
+
     def penalty(mask: Tensor, sparse: float) -> Tensor:
-        return sparse * (1 - mask).abs().mean() + _SMOOTH * total_variation(mask)
+        return sparse * (1 - mask).abs().mean() + smooth * total_variation(mask)
 
     @torch.no_grad()
     def left(mask: Tensor) -> float:
