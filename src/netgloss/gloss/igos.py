@@ -13,7 +13,8 @@ most 0.001 halfway, the weight of the first penalty is divided by 10; if by at m
 
 Sources: Qi, Khorram & Fuxin, "Visualizing Deep Networks by Optimizing with Integrated Gradients", AAAI 2020, and its
 published code for the numbers; f for concepts is ours. Kernel 51 and sigma 50 of the blur are for 224 pixels and scale
-with the image, and so does the weight 60, with the number of cells: the same mask drawn coarser costs the same. Captum has no such method.
+with the image; so does the weight 60, with the number of cells: the same mask drawn coarser costs the same. Captum has
+no such method.
 
 Shape letters: m channels, S S' pixels.
 """
