@@ -255,23 +255,8 @@ def markdown(r: dict) -> str:
         f"| loop over images, units and labels | {r['unit_image_loop_s']:.0f} | {r['unit_image_loop_s'] / one:.1f} |",
         f"| permutation test ({max(10_000, 40 * r['units']):,} permutations) | {r['permutation_s']:.1f} | |",
         "",
-        "The channels of SqueezeNet's features.12 on as many images of carparts/test, each on in the same share of the",
-        "cells:",
-        "",
-        "| share of the cells | one pass | loop over units and labels | loop / pass |",
-        "|---|---|---|---|",
-        *(
-            f"| {t['rate']:.2%} | {t['pass_s']:.2f} | {t['loop_s']:.1f} | {t['loop_s'] / t['pass_s']:.1f} |"
-            for t in r.get("real", [])
-        ),
-        "",
-        "Peak memory: "
-        + "; ".join(
-            f"{what} " + ", ".join(f"{v:.0f} MiB for {k} images" for k, v in at.items())
-            for what, at in r["peak_mib"].items()
-        )
-        + ".",
-        "",
+        *layer_lines(r.get("real", [])),
+        *memory_lines(r.get("peak_mib", {})),
         "Before pixels were counted only between cells that reach over the threshold, one pass took 0.41 s (the loop",
         "5.9 times that), a further rule 0.16 s, and the permutation test kept n^2 numbers a unit for n images.",
         "",
@@ -285,6 +270,30 @@ def markdown(r: dict) -> str:
         ratio = t["step"] / (t["map"] + t["products"])
         lines.append(f"| {d} | {t['step']:.0f} | {t['map']:.0f} | {t['products']:.0f} | {ratio:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def layer_lines(rows: list[dict]) -> list[str]:
+    """The table of a real layer, if it was measured."""
+    if not rows:
+        return []
+    return [
+        "The channels of a real layer on as many images, each on in the same share of the cells:",
+        "",
+        "| share of the cells | one pass | loop over units and labels | loop / pass |",
+        "|---|---|---|---|",
+        *(
+            f"| {t['rate']:.2%} | {t['pass_s']:.2f} | {t['loop_s']:.1f} | {t['loop_s'] / t['pass_s']:.1f} |"
+            for t in rows
+        ),
+        "",
+    ]
+
+
+def memory_lines(peaks: dict[str, dict[str, float]]) -> list[str]:
+    if not peaks:
+        return []
+    told = (f"{what} {', '.join(f'{v:.0f} MiB for {k} images' for k, v in at.items())}" for what, at in peaks.items())
+    return ["Peak memory: " + "; ".join(told) + ".", ""]
 
 
 if __name__ == "__main__":
