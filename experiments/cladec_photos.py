@@ -3,10 +3,11 @@
     python experiments/cladec_photos.py --set imagenette --work runs/cladec-imagenette
     python experiments/cladec_photos.py --set cifar10 --work runs/cladec-cifar10
 
-Decoder of netgloss (general). Imagenette: 1,000 training and 300 test images (true ImageNet validation
-pictures), compact reference, 6 epochs of batch 32; planned: three seeds for features.13, one for features.4 and features.18.
+Decoder of netgloss (general). Imagenette: 1,000 training and 300 test images (true ImageNet validation pictures),
+compact reference, 6 epochs of batch 32; planned: three seeds for features.13, one for features.4 and features.18.
 CIFAR-10: 1,600 training and 1,000 test images, reference = ResNet-20 up to the layer with fresh weights, 10 epochs of
-batch 128; planned: three seeds for layer3. The tables say what was run. Every job keeps its numbers and goes on where it stopped.
+batch 128; planned: three seeds for layer3. The tables say what was run. Every job keeps its numbers and goes on where
+it stopped.
 """
 
 from __future__ import annotations
