@@ -94,7 +94,7 @@ NUMBERS = {
 def open_cifar(options: argparse.Namespace) -> tuple[Any, ...]:
     folder = options.data / "data" / "cifar10"
     classifier = netgloss.load_classifier(
-        f"{HERE}/cifar_resnet20.py:resnet20", checkpoint=options.data / "weights" / "resnet20_cifar10.pth"
+        f"{HERE}/resnet20_cifar10.py:resnet20", checkpoint=options.data / "weights" / "resnet20_cifar10.pth"
     )
     train, test = (netgloss.open_images(folder / name) for name in ("cifar10_train15000.npz", "cifar10_test2000.npz"))
     return classifier, train, test, AffinityChoice(wnids="cifar10")
