@@ -38,7 +38,7 @@ from netgloss.errors import UserError
 from netgloss.harden_summary import arm_scores, summarise_arm
 from netgloss.metrics.feature_health import response_correlation
 from netgloss.progress import Progress, Silent
-from netgloss.run import FileCheckpoint, Run, read_history, read_json, to_json, versions, write_atomically
+from netgloss.run import FileCheckpoint, Run, in_order, read_history, read_json, to_json, versions, write_atomically
 from netgloss.training import make_fabric
 from netgloss.trust import check_code
 
@@ -252,7 +252,7 @@ class _Job:
         state = {name: value.contiguous() for name, value in found.net.state_dict().items()}
         path = self._weights(arm, seed)
         write_atomically(path.with_suffix(".json"), to_json(record))
-        write_atomically(path, save(state, metadata={"arm": arm, "seed": str(seed)}))
+        write_atomically(path, in_order(save(state, metadata={"arm": arm, "seed": str(seed)})))
 
     def _weights(self, arm: str, seed: int) -> Path:
         return self.run.path / f"hardened-{arm}-seed{seed}.safetensors"
