@@ -162,6 +162,7 @@ def write(name: str, run: Any, result: dict[str, Any]) -> None:
         )
     for key, label in NUMBERS.items():
         lines.append(f"| {label} | " + " | ".join(cell(a["consistency"].get(key)) for a in arms.values()) + " |")
+    lines += ["", "Warnings of the fits:", "", *(f"- {w}" for w in run.manifest["warnings"] or ["none"])]
     if not {"consistent", "at"} <= set(arms):
         (HERE / f"hardening-{name}.md").write_text("\n".join(lines) + "\n")
         return

@@ -155,6 +155,17 @@ def test_without_attack_and_with_several_seeds(classifier: Classifier, tmp_path:
     assert "cs1_all" not in header
 
 
+def test_too_few_images_are_told_before_the_attack(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attacked(*unused: Any, **also: Any) -> None:
+        raise AssertionError("the attack ran first")
+
+    monkeypatch.setattr("netgloss.consistency_run.attack_probe", attacked)
+    with pytest.raises(UserError, match=r"smallest class of the probe set has 19 images.*--k"):
+        consistency_run(classifier, pictures(19), ["relu"], out=tmp_path / "run", options=SMALL)
+
+
 def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     from netgloss.pipeline import demo
 

@@ -18,7 +18,7 @@ from PIL import Image
 from made_runs import HOSTILE, SCRIPT, make_run, write
 from netgloss.errors import UserError
 from netgloss.report import build_report
-from netgloss.report.answers import verdict
+from netgloss.report.answers import model_name, verdict
 from netgloss.report.build import to_json
 from netgloss.report.glossary import method_text
 from netgloss.run import Run
@@ -150,6 +150,19 @@ def test_verdict(
     value, low, high = numbers
     record = {"value": value, "low": low, "high": high, "higher_is_better": better, "baselines": baselines}
     assert verdict(record).standing == standing
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("/home/someone/nets/mine.py:net", "mine.py:net"),
+        ("C:\\nets\\mine.py:net", "mine.py:net"),
+        ("timm:resnet18.a1_in1k", "timm:resnet18.a1_in1k"),
+        (None, "the classifier"),
+    ],
+)
+def test_headings_do_not_show_folders(name: str | None, told: str) -> None:
+    assert model_name({"name": name}) == told
 
 
 def test_what_is_missing_is_a_gap(tmp_path: Path) -> None:

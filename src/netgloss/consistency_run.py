@@ -48,6 +48,7 @@ from netgloss.consistency_records import (
     unit_rows,
 )
 from netgloss.errors import UserError
+from netgloss.metrics.consistency import top_set_size
 from netgloss.metrics.consistency_difference import (
     agreement_with_units,
     detection_auroc,
@@ -155,6 +156,7 @@ def consistency_run(
     for seed in run.seeds:
         data = load_pixels(classifier, images, number=options.max_images, seed=seed, progress=progress)
         data = data.stratified(options.max_images, seed=seed)
+        top_set_size(data.probe_labels, k=options.k)  # too few images are told before minutes of attack
         affinities, provenance = affinity.build(classifier, data)
         progress.start(f"attack seed {seed}", 1, unit="attack")
         made = attack_probe(pixels, data, attack, seed=seed, layer=layers[0])

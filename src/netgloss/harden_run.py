@@ -36,6 +36,7 @@ from netgloss.consistency_affinity import AffinityChoice
 from netgloss.consistency_probe import AttackChoice, LayerResult, attack_probe, measure_layers
 from netgloss.errors import UserError
 from netgloss.harden_summary import arm_scores, summarise_arm
+from netgloss.metrics.consistency import top_set_size
 from netgloss.metrics.feature_health import response_correlation
 from netgloss.progress import Progress, Silent
 from netgloss.run import FileCheckpoint, Run, in_order, read_history, read_json, to_json, versions, write_atomically
@@ -177,6 +178,7 @@ class _Job:
         self.fabric = make_fabric(device)
         self.probe = probe.stratified(plan.probe_images)
         self.attacked = probe.stratified(plan.attack_images)
+        top_set_size(self.probe.probe_labels, k=plan.k)  # too few images are told before anything is trained
         self.affinities, self.provenance = affinity.build(classifier, self.probe)
         self._transfer: Tensor | None = None
         self._before: tuple[LayerResult, float] | None = None

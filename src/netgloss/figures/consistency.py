@@ -165,19 +165,21 @@ def accuracy_by_eps(arms: Mapping[str, Mapping[float, Sequence[float]]]) -> Figu
 
     Parameters
     ----------
-    arms : by name: eps -> accuracies, one a seed.
+    arms : by name: eps -> accuracies, one a seed. "original" is drawn in the colour of baselines, dashed.
     """
     if not arms:
         raise UserError("accuracy_by_eps needs at least one arm")
     figure = new_figure(5.2, 3.0)
     axes = bare(figure.add_subplot(), left=True)
-    for i, (name, points) in enumerate(arms.items()):
+    trained = [name for name in arms if name != "original"]
+    for name, points in arms.items():
         eps = sorted(points)
         means = [sum(points[e]) / len(points[e]) for e in eps]
-        colour = COLOURS[i % len(COLOURS)]
-        axes.plot(
-            eps, means, color=colour, marker=MARKS[i % len(MARKS)], markersize=4, linewidth=1.3, label=brief(name)
-        )
+        i = trained.index(name) if name in trained else 0
+        colour = COLOURS[i % len(COLOURS)] if name in trained else BASELINE
+        mark = MARKS[i % len(MARKS)] if name in trained else "."
+        line = "-" if name in trained and i < len(COLOURS) else "--"
+        axes.plot(eps, means, line, color=colour, marker=mark, markersize=4, linewidth=1.3, label=brief(name))
         for e in eps:
             axes.plot([e, e], [min(points[e]), max(points[e])], color=colour, linewidth=0.8)
     axes.set_ylim(0, 1)

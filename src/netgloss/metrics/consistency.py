@@ -123,7 +123,10 @@ def top_set_size(labels: Tensor, *, k: int | None = None) -> int:
     counts = labels.bincount()
     smallest = int(counts[counts > 0].min()) if len(labels) else 0
     if smallest < 20:
-        raise UserError(f"the smallest class of the probe set has {smallest} images, at least 20 are needed; or pass k")
+        raise UserError(
+            f"the smallest class of the probe set has {smallest} images, at least 20 are needed: "
+            "take more, or say k (--k)"
+        )
     return min(max(-(-len(labels) // 100), 20), smallest)
 
 

@@ -43,7 +43,13 @@ def build_adversarial_report(run_folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(number=number, pretty=answers.pretty, percent=answers.percent, plainly=answers.plainly)
+    templates.filters.update(
+        number=number,
+        pretty=answers.pretty,
+        percent=answers.percent,
+        plainly=answers.plainly,
+        model_name=answers.model_name,
+    )
     style = _template("report.css") + _template("adversarial.css")
     try:
         page = (

@@ -5,7 +5,9 @@ Rules over the run's own numbers, so that the first screen says what a careful r
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +47,13 @@ class Answer:
 def pretty(name: str) -> str:
     """``random_directions`` as "random directions"."""
     return name.replace("_", " ")
+
+
+def model_name(spec: Mapping[str, Any]) -> str:
+    """What a heading calls the classifier: of ``path/to/file.py:factory`` the file and factory, without the folders."""
+    name = str(spec.get("name") or "the classifier")
+    path, colon, factory = name.rpartition(":")
+    return re.split(r"[/\\]", path)[-1] + colon + factory if path.endswith(".py") else name
 
 
 def verdict(score: dict[str, Any]) -> Verdict:

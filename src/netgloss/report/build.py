@@ -65,7 +65,13 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(number=number, pretty=answers.pretty, percent=answers.percent, plainly=answers.plainly)
+    templates.filters.update(
+        number=number,
+        pretty=answers.pretty,
+        percent=answers.percent,
+        plainly=answers.plainly,
+        model_name=answers.model_name,
+    )
     templates.filters["marked"] = _marked
     style, script = _template("report.css"), _script(served)
     scores = [(s, answers.verdict(s), chart) for s, chart in zip(files.scores or [], charts, strict=True)]
