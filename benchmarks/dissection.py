@@ -158,7 +158,7 @@ def step(features: int, repeat: int = 15) -> dict[str, float]:
 
 
 def blocks_test(images: int, units: int) -> None:
-    """The permutation test as ``netgloss.dissect.significance`` streams it: a block of images after the other."""
+    """The permutation test as ``evaluation.dissect.significance`` streams it: a block of images after the other."""
     from netgloss.metrics.dissection import Vocabulary
     from netgloss.metrics.dissection_significance import PermutationTest, blocks_of
 

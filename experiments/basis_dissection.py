@@ -85,7 +85,7 @@ def annotated(data: Path, store: Path, layer: str, part: str, classifier: Any) -
     """Car Parts' images of one folder with their masks (part18)."""
     from netgloss.activations import Store
     from netgloss.data import open_images
-    from netgloss.dissect import MaskedLayer
+    from netgloss.evaluation.dissect import MaskedLayer
 
     if classifier.name == "critters":
         source = open_images("critters:800" if part == "train" else "critters:200,seed=1")
@@ -178,7 +178,7 @@ class Study:
         return fit(SupervisedBasis(config, stream.spec(num_classes=0, image=())), stream, seed=seed)
 
     def judge(self, explainer: Any, rules: list[str], *, replicates: int = 0, score: Any = None) -> dict[str, Any]:
-        from netgloss.dissect import dissect
+        from netgloss.evaluation.dissect import dissect
 
         score = score or self.score
         return dissect(
@@ -191,7 +191,7 @@ class Study:
 
     def add(self, name: str, explainers: list[Any], rules: list[str]) -> None:
         """One row a rule: mean and t interval over seeds, or a bootstrap interval of S1 for a single fit."""
-        from netgloss.dissect import significance
+        from netgloss.evaluation.dissect import significance
         from netgloss.metrics.base import interval
 
         if not explainers or self.results["table"].get(name, {}).get("fits") == len(explainers):

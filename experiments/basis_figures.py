@@ -119,7 +119,7 @@ def rates(record: dict[str, Any]) -> Any:
 
 def training(record: dict[str, Any], label: Any, score: Any) -> Any:
     """S1 and S2 at the matched rate and at the own threshold while ``default`` learns (seed 0)."""
-    from netgloss.dissect import dissect
+    from netgloss.evaluation.dissect import dissect
     from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
     from netgloss.figures.dissection import score_curves
     from netgloss.training import ActivationStream, build_explainer, fit

@@ -31,8 +31,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uibe": ("basis", {"preset": "uibe", "steps": 3000}),
     "uibe-early": ("basis", {"preset": "uibe", "steps": 1200, "lr": 1e-3}),
     "permuted": ("basis", {}),
-    "kmeans32": ("kmeans", {"num_concepts": 32}),
-    "nmf32": ("nmf", {"num_concepts": 32}),
+    "kmeans32": ("kmeans", {"num_concepts": 32, "n_init": 1}),
+    "nmf32": ("nmf", {"num_concepts": 32, "negative": "clip"}),
 }
 
 

@@ -23,7 +23,7 @@ DATA = Path(os.environ.get("NETGLOSS_DATA", "../shared"))
 NETWORKS = {"mobilenet_v2": ("features.18", "features.13"), "squeezenet1_0": ("features.12",)}
 IMAGES = ("imagenette", "animals", "carparts")
 CONFIGS = {
-    "nmf": {"max_rows": 6000},
+    "nmf": {"max_rows": 6000, "negative": "clip"},
     "ica": {"max_rows": 6000},
     "kmeans": {"max_rows": 6000, "n_init": 1},
     "semi-nmf": {"max_rows": 6000, "max_iter": 100},
@@ -39,8 +39,8 @@ WITHOUT = {
 }
 FAITHFUL = {  # images for C-deletion, and for Shapley and Sobol values; an affine tail has them in closed form
     "features.18": (32, 32),
-    "features.13": (6, 0),
-    "features.12": (8, 0),
+    "features.13": (16, 4),
+    "features.12": (16, 4),
 }
 SHOWN = [
     "r2",
@@ -78,6 +78,13 @@ def sources(name: str) -> tuple[object, object | None, str | None]:
     )
 
 
+def _labelled(images: str) -> dict[str, dict]:
+    """The supervised basis learns from the masks of the images to fit, where there are any."""
+    return (
+        {"supervised-basis": {"annotations": str(DATA / "data" / "carparts" / "train")}} if images == "carparts" else {}
+    )
+
+
 def _even(source, count: int):
     """The first ``count`` images of each class."""
     seen: dict[int, int] = {}
@@ -110,7 +117,7 @@ def run(cell: str, work: Path, methods: str) -> None:
         images=fit,
         eval_images=judge,
         annotations=annotations,
-        configs=CONFIGS,
+        configs=CONFIGS | _labelled(images),
         without=EVERYWHERE | WITHOUT.get(layer, {}),
         options=CompareOptions(network_images=64 if images == "imagenette" else 0),
         faithfulness=FaithfulnessOptions(images=deletion, importance_images=importances, steps=8),
@@ -136,7 +143,9 @@ def write(work: Path) -> None:
         "missing": [cell for cell in cells() if cell not in there],
         "cells": {cell: _brief(one) for cell, one in found.items()},
     }
-    (HERE / "comparison.json").write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
+    (HERE / "comparison.json").write_text(
+        json.dumps(record, ensure_ascii=False, separators=(",", ":")).replace(str(DATA), "NETGLOSS_DATA") + "\n"
+    )
     (HERE / "comparison.md").write_text(_page(found, record["missing"]))
 
 
@@ -218,6 +227,7 @@ def _options(methods: list[dict]) -> str:
             changed = {
                 k: v for k, v in m["config"].items() if fields.get(k) != v and k not in ("num_concepts", "classes")
             }
+            changed.pop("annotations", None)
             told.append(f"{m['name']} {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "")
     return "; ".join(filter(None, told))
 

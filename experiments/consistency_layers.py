@@ -27,8 +27,8 @@ import netgloss
 from netgloss.adversarial import PixelClassifier
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
 from netgloss.classifiers import Classifier, Tail, Taps
-from netgloss.consistency_affinity import AffinityChoice
-from netgloss.consistency_probe import AttackChoice, LayerResult, attack_probe, measure_layers, network_mean
+from netgloss.consistency.affinity import AffinityChoice
+from netgloss.consistency.probe import AttackChoice, LayerResult, attack_probe, measure_layers, network_mean
 from netgloss.data import match_classes
 from netgloss.metrics.base import interval
 from netgloss.metrics.consistency_difference import agreement_with_units, detection_auroc, prediction_difference

@@ -3,9 +3,9 @@
     python experiments/hardening.py cifar --out RUNS/cifar
     python experiments/hardening.py fashion --out RUNS/fashion --fashion-weights fashion_small.safetensors
 
-Runs ``netgloss.harden_run.harden_run`` with the settings below and writes experiments/hardening-NAME.{md,json}. The run
-folder (with the hardened weights and the report) lies outside of the repository; an interrupted run continues. Needs
-pyautoattack (the extra ``oracle``) for the attack of an independent library.
+Runs ``netgloss harden`` with the settings below and writes experiments/hardening-NAME.{md,json}. The run folder (with
+the hardened weights and the report) lies outside of the repository; an interrupted run continues. Needs pyautoattack
+(the extra ``oracle``) for the attack of an independent library.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 import netgloss
 from netgloss.adversarial.harden import HardenConfig
 from netgloss.adversarial.robustness import AttackPlan
-from netgloss.consistency_affinity import AffinityChoice
+from netgloss.consistency.affinity import AffinityChoice
+from netgloss.consistency.harden_run import HardenPlan, harden_run
 from netgloss.data.sources import ArraySource
-from netgloss.harden_run import HardenPlan, harden_run
 from netgloss.metrics.base import interval
 from netgloss.run import read_json, to_json, versions
 

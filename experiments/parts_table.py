@@ -30,12 +30,12 @@ class Judge:
     def __init__(self, name: str, study: Any, data: Path, runs: Path) -> None:
         from parts import images_of, store_of
 
-        from netgloss.appraisal import split_store
         from netgloss.data import Joined
-        from netgloss.dissect import MaskedLayer, split_annotated
-        from netgloss.evaluation import class_labels
+        from netgloss.evaluation.dissect import MaskedLayer, split_annotated
+        from netgloss.evaluation.locate import landmarks_of
+        from netgloss.evaluation.measure import class_labels
+        from netgloss.evaluation.run import split_store
         from netgloss.fitting import make_tail
-        from netgloss.locate import landmarks_of
 
         self.study, self.runs = study, runs
         self.classifier, _, self.store = store_of(name, study, data, runs)
@@ -71,7 +71,7 @@ class Judge:
 
     def places(self, explainer: Any) -> dict[str, Any]:
         """Location of one explainer, with bootstrap replicates of the ratio."""
-        from netgloss.locate import peaks_of
+        from netgloss.evaluation.locate import peaks_of
 
         return self.located(peaks_of(explainer, self.store, self.study.layer, self.images, size=self.size))
 
@@ -93,7 +93,7 @@ class Judge:
 
     def iou(self, explainer: Any) -> dict[str, float]:
         """Part IoU at the published on-rate; labels from one part of the reported images, scores from the other."""
-        from netgloss.dissect import dissect
+        from netgloss.evaluation.dissect import dissect
         from netgloss.metrics.location import part_interpretability
 
         label, score = ((self.masked, images) for images in self.halves)
@@ -116,7 +116,7 @@ class Judge:
     def decisions(self, explainer: Any) -> dict[str, Any]:
         """Agreement, accuracy and relative errors from both tracks and from each alone; shares; dead maps; p."""
         from netgloss.explainers._part_watch import peak_counts
-        from netgloss.part_gallery import way_shares
+        from netgloss.gloss.parts import way_shares
 
         ways = TRACKS if explainer.rest is not None else TRACKS[:1]
         decided: dict[str, list[Tensor]] = {name: [] for name, _ in ways}

@@ -27,9 +27,9 @@ from torch import Tensor
 
 import netgloss
 from netgloss.activations import Store
-from netgloss.appraisal import split_store
 from netgloss.data import ImageSource, open_annotations, place, to_grid
-from netgloss.evaluation import class_labels
+from netgloss.evaluation.measure import class_labels
+from netgloss.evaluation.run import split_store
 from netgloss.explainers._class_scores import ClassScores
 from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.explainers.linear_head import LinearHead

@@ -61,7 +61,7 @@ def plain(name: str) -> str:
 
 
 def baselines_of(cls: Any) -> list[str]:
-    """The baselines that a run gives a metric: those that have what it reads (netgloss/evaluation.py, appraisal.py)."""
+    """The baselines that a run gives a metric: those that have what it reads (netgloss/evaluation/)."""
     if cls.name == "stability":
         return ["random_dictionary", "shuffled_dictionary"]
     found, inputs = ["random_directions", "natural_axes"], set(getattr(cls, "inputs", ()))

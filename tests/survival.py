@@ -58,6 +58,14 @@ STAGES = [
     Stage("report", ("report", "run")),
     Stage("explain", ("explain", "pca", "--model", "critters", "--layer", "block5", "--images", "images.npz", "--out",
                       "whole", "--num-concepts", "4", "--seeds", "1", "--untrained-images", "0")),
+    Stage("fit-parts", ("fit", "parts", "--store", "store", "--layer", "block4", "--upper", "block5", "--out",
+                        "parts", "--seeds", "1", "--steps", "40", "--batch-size", "32")),
+    Stage("fit-cladec", ("fit", "cladec", "--store", "store", "--layer", "block5", "--images", "images.npz", "--out",
+                         "decoder", "--seeds", "1", "--steps", "40", "--batch-size", "16", "--size", "16", "--width",
+                         "8", "--alpha", "0.5")),
+    Stage("consistency", ("consistency", "--model", "critters", "--layer", "block5", "--images", "images.npz", "--out",
+                          "units", "--steps", "2", "--k", "3", "--null-draws", "20", "--difference-images", "8",
+                          "--shown-units", "2", "--shown-images", "2")),
 ]  # fmt: skip
 HARDEN = Stage(
     "harden",
@@ -79,7 +87,8 @@ def prepare(small_chunks: bool = True) -> None:
     """Imports everything that the commands use and makes chunks and checkpoints small."""
     import netgloss.activations.store as store_module
 
-    for name in ("appraisal", "dissect_run", "pipeline", "gloss", "report.build", "explainers.topk_sae",
+    for name in ("evaluation.run", "evaluation.dissect_run", "pipeline", "gloss", "report.build", "consistency.run",
+                 "explainers.topk_sae",
                  "explainers.nmf", "explainers.pca", "cli.terminal", "explainers.natural_axes",
                  "explainers.random_directions", "data.critters_net"):  # fmt: skip
         importlib.import_module(f"netgloss.{name}")

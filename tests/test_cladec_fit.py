@@ -7,15 +7,16 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from netgloss.activations import capture
-from netgloss.appraisal import evaluate_run
-from netgloss.classifiers import load_classifier
+from netgloss.classifiers import Taps, load_classifier
 from netgloss.data import open_images
 from netgloss.decoding.judge import Pictures, decoded_scores
 from netgloss.decoding.reference import FreshEncoder
 from netgloss.errors import UserError
-from netgloss.evaluation import Layer
+from netgloss.evaluation.measure import Layer
+from netgloss.evaluation.run import evaluate_run
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
 from netgloss.fitting import make_tail, open_stream
 from netgloss.metrics.decoding import RecClaDec
@@ -74,6 +75,25 @@ def test_the_classifier_is_left_alone_and_not_saved(classifier, source, store, a
     assert all(np.isfinite(line["J"]) for line in lines)
     assert ("class" in lines[-1]) == (alpha > 0)
     assert lines[-1]["R"] < lines[0]["R"]
+
+
+def test_code_weight_pulls_the_layer_s_activation_of_the_decoded_image(classifier, source, store):
+    """The term is what its equation says (seen through Taps), and is smaller after a fit with it."""
+    before = digest(classifier.net)
+
+    def error(explainer) -> float:
+        code = torch.from_numpy(store.read(LAYER, np.arange(len(source))))[-20:].float()
+        with torch.no_grad(), Taps(classifier, LAYER) as taps:
+            size = classifier.input_shape[1:]
+            made = interpolate(explainer(code).clamp(0, 1), size, mode="bilinear", antialias=True)
+            seen = taps(classifier.preprocessing.normalise(made))[LAYER]
+        return float(((seen - code).flatten(1).norm(dim=1) / code.flatten(1).norm(dim=1)).square().mean())
+
+    lines: list[dict] = []
+    pulled = fitted(classifier, source, store, code_weight=0.5, log=lines.append)
+    assert lines[0]["code"] > lines[-1]["code"] > 0
+    assert error(pulled) < 0.9 * error(fitted(classifier, source, store))
+    assert digest(classifier.net) == before
 
 
 def test_a_killed_fit_ends_with_the_same_weights(classifier, source, store):

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from netgloss import figures
-from netgloss.adversarial import PixelClassifier, assign_targets, pgd
+from netgloss.adversarial import PixelClassifier, assign_targets, attack_in_batches, pgd
 from netgloss.adversarial.adaptive import adaptive_pgd
 from netgloss.adversarial.pixels import load_pixels
 from netgloss.classifiers import Classifier, Tail, load_classifier
-from netgloss.consistency_affinity import AffinityChoice
-from netgloss.consistency_gallery import choose_units
-from netgloss.consistency_probe import AttackChoice, attack_probe, measure_layers, network_mean
-from netgloss.consistency_records import to_csv
-from netgloss.consistency_run import ConsistencyOptions, consistency_run
+from netgloss.consistency.affinity import AffinityChoice
+from netgloss.consistency.gallery import choose_units
+from netgloss.consistency.probe import AttackChoice, attack_probe, measure_layers, network_mean
+from netgloss.consistency.records import to_csv
+from netgloss.consistency.run import ConsistencyOptions, consistency_run
 from netgloss.data.sources import ArraySource, open_images
 from netgloss.errors import UserError
 from netgloss.metrics.consistency import Units, consistency, responses
@@ -161,9 +162,55 @@ def test_too_few_images_are_told_before_the_attack(
     def attacked(*unused: Any, **also: Any) -> None:
         raise AssertionError("the attack ran first")
 
-    monkeypatch.setattr("netgloss.consistency_run.attack_probe", attacked)
+    monkeypatch.setattr("netgloss.consistency.run.attack_probe", attacked)
     with pytest.raises(UserError, match=r"smallest class of the probe set has 19 images.*--k"):
         consistency_run(classifier, pictures(19), ["relu"], out=tmp_path / "run", options=SMALL)
+
+
+def test_an_interrupted_attack_goes_on(classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was attacked is not attacked again, the end is that of an undisturbed run; a finished one is only read."""
+    attack = AttackChoice("pgd", eps=20, steps=2)
+    made = []
+
+    def counted(how: Any, pixels: Any, x: Tensor, *rest: Any, stop: int | None = None, **options: Any) -> Any:
+        made.append(len(x))
+        if stop is not None and len(made) == stop:
+            raise KeyboardInterrupt
+        return attack_in_batches(how, pixels, x, *rest, **options)
+
+    monkeypatch.setattr("netgloss.consistency.probe.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("netgloss.consistency.probe.attack_in_batches", partial(counted, stop=3))
+    with pytest.raises(KeyboardInterrupt):
+        consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
+    made.clear()
+    monkeypatch.setattr("netgloss.consistency.probe.attack_in_batches", counted)
+    run = consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
+    assert sum(made) == 75 - 2 * 32
+    kill_after_the_attack(classifier, attack, tmp_path / "late", monkeypatch)
+    assert sum(made) == 75 - 2 * 32 + 75
+    whole = consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "whole", attack=attack, options=SMALL)
+    for name in ("result.json", "units.csv", "scores.json"):
+        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    assert not list(run.path.glob("*checkpoint*"))
+    made.clear()
+    consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
+    assert not made
+
+
+def kill_after_the_attack(
+    classifier: Classifier, attack: AttackChoice, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between the attack and the units, then run again."""
+
+    def interrupted(*unused: Any, **also: Any) -> None:
+        raise KeyboardInterrupt
+
+    given: dict[str, Any] = {"out": out, "attack": attack, "options": SMALL}
+    with monkeypatch.context() as patch:
+        patch.setattr("netgloss.consistency.run.measure_layers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            consistency_run(classifier, pictures(), ["relu"], **given)
+    assert consistency_run(classifier, pictures(), ["relu"], **given).manifest["status"] == "complete"
 
 
 def test_concepts_of_an_explainer(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from netgloss.activations.store import Store, StoreInfo, StoreKey
 from netgloss.classifiers import Preprocessing
 from netgloss.data import ImageAnnotation, open_images
-from netgloss.dissect import MaskedLayer, dissect, mask_grid, significance, split_annotated
 from netgloss.errors import UserError
+from netgloss.evaluation.dissect import MaskedLayer, dissect, mask_grid, significance, split_annotated
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
 from netgloss.explainers.supervised_basis import SupervisedBasis, SupervisedBasisConfig
@@ -198,7 +198,7 @@ def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     """The whole way on the shipped network: scores beside controls at the same rate, one record a concept."""
     from netgloss.activations import Store, capture
     from netgloss.classifiers import load_classifier
-    from netgloss.dissect_run import dissect_run
+    from netgloss.evaluation.dissect_run import dissect_run
     from netgloss.pipeline import fit_run, store_info
 
     classifier, source = load_classifier("critters"), open_images("critters:30")

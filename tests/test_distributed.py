@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,40 @@ def test_shared_evaluation_gives_the_scores_of_one_process(alone: Run, tmp_path:
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, rel=1e-9, abs=1e-12, nan_ok=True), name
+
+
+NETWORK_FITS = {
+    "parts": ["--layer", "block4", "--upper", "block5", "--steps", "40", "--batch-size", "32"],
+    "cladec": ["--layer", "block5", "--images", "critters:120", "--size", "16", "--width", "8", "--steps", "40",
+               "--batch-size", "32", "--alpha", "0.5"],
+}  # fmt: skip
+
+
+TERM = {"parts": "rebuild block5", "cladec": "reconstruction"}
+
+
+@pytest.mark.parametrize("method", NETWORK_FITS)
+def test_methods_that_read_the_network_fit_in_two_processes(method: str, tmp_path: Path) -> None:
+    """Images, upper layers and the classifier's gradient reach every process; both end with one explainer.
+
+    Each process takes the batch statistics of its half (the filter loss compares images, the norms average them), so
+    that the fits are near each other, not equal.
+    """
+    store = str(tmp_path / "store")
+    command(
+        ["capture", "--model", "critters", "--layer", "block4", "block5", "--images", "critters:120", "--out", store]
+    )
+    fitting = ["fit", method, "--store", store, "--seeds", "1", *NETWORK_FITS[method]]
+    command([*fitting, "--out", str(tmp_path / "one"), "--device", "cpu"])
+    command([*fitting, "--out", str(tmp_path / "two"), *TWO])
+    last = []
+    for name in ("one", "two"):
+        run = netgloss.load(tmp_path / name)
+        assert all(v.isfinite().all() for v in run.explainer.state_dict().values())
+        lines = [json.loads(line) for line in (run.path / "history.jsonl").read_text().splitlines()]
+        assert lines[-1][TERM[method]] < lines[0][TERM[method]]
+        last.append(lines[-1][TERM[method]])
+    assert last[1] == pytest.approx(last[0], rel=0.2)
 
 
 def test_a_mistake_ends_all_processes_with_one_line(alone: Run, tmp_path: Path) -> None:

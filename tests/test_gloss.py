@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from netgloss.evaluation import LayerBatch
+from netgloss.evaluation.measure import LayerBatch
 from netgloss.explainers.base import ExplainerConfig, LayerSpec
 from netgloss.explainers.natural_axes import NaturalAxes
 from netgloss.gloss.mistakes import Mistake, find_mistakes, mistakes_record, shown_images

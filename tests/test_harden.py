@@ -516,7 +516,7 @@ def test_units_are_matched_again() -> None:
 def test_checkpoint_loads_like_any_other(
     classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from netgloss.harden_run import HardenPlan, harden_run, load_hardened
+    from netgloss.consistency.harden_run import HardenPlan, harden_run, load_hardened
 
     plan = HardenPlan(arms=("clean", "consistent"), seeds=2, betas=(0.5, 2.0), k=4, v_steps=2, attack_images=9)
     attacks = AttackPlan(attack_steps=2, restarts=1, long_steps=3, feature_steps=2)

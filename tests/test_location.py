@@ -11,7 +11,7 @@ import torch
 from netgloss.classifiers import load_classifier
 from netgloss.data import ImageAnnotation, open_images
 from netgloss.errors import UserError
-from netgloss.locate import _landmarks, landmarks_of, location_scores
+from netgloss.evaluation.locate import _landmarks, landmarks_of, location_scores
 from netgloss.metrics.location import (
     Peaks,
     bootstrap,

@@ -12,7 +12,7 @@ from netgloss.activations import CaptureOptions, capture
 from netgloss.classifiers import load_classifier
 from netgloss.data import open_images
 from netgloss.errors import UserError
-from netgloss.evaluation import Layer, explainer_subject, measure
+from netgloss.evaluation.measure import Layer, explainer_subject, measure
 from netgloss.explainers.base import LayerSpec, find_explainer
 from netgloss.fitting import make_tail
 from netgloss.memory import Halving, is_out_of_memory

@@ -11,12 +11,12 @@ from torch import nn
 
 from netgloss.activations import Store
 from netgloss.classifiers import Classifier, Taps, cut_section, later_layers, load_classifier
-from netgloss.dissect_run import dissect_run
 from netgloss.errors import UserError
+from netgloss.evaluation.dissect_run import dissect_run
 from netgloss.explainers._part_watch import peak_counts, watch
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.parts import PartConfig, PartExplainer, choose_upper
-from netgloss.part_gallery import strongest_images, way_shares, write_galleries
+from netgloss.gloss.parts import strongest_images, way_shares, write_galleries
 from netgloss.pipeline import explain, open_sources, show
 from netgloss.run import Run, load_explainer
 from part_scenes import CHANNELS, SIDE, UPPER, ToyRows, ToySection, fit_toy, locked_share, scenes

@@ -411,7 +411,7 @@ def test_pooled_means_the_mean_over_the_grid(tmp_path: Path) -> None:
 def test_the_evaluation_sees_the_pooled_activation(tmp_path: Path, grid: tuple[int, ...]) -> None:
     from types import SimpleNamespace
 
-    from netgloss.evaluation import Layer
+    from netgloss.evaluation.measure import Layer
 
     values = torch.rand(5, 4, *grid)
     store = make_store(tmp_path / "s", values, torch.rand(5, 4))

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from netgloss.activations import Store, image_batches
 from netgloss.classifiers import Tail, imagenet_wnids, later_layers, section_of
 from netgloss.errors import UserError
-from netgloss.evaluation import class_labels, tail_for
+from netgloss.evaluation.measure import class_labels, tail_for
 from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.training import ActivationStream, Surroundings
 
@@ -66,7 +66,7 @@ def open_stream(
         model = store.info.model
         labels = class_labels(store, model.get("class_names", []), imagenet_wnids(model.get("imagenet")) or [])
     around = Surroundings()
-    if {"upper", "image", "tail", "to_logits", "section"} & set(needs):
+    if {"upper", "image", "tail", "to_logits", "to_code", "section"} & set(needs):
         around = _surroundings(cls, config, store, layer, classifier(), source)
     stream = ActivationStream(store, layer, images, reads=cls.reads, labels=labels, around=around)
     if "masks" in needs:
@@ -77,7 +77,7 @@ def open_stream(
 def _add_masks(stream: ActivationStream, config: Any, classifier: Classifier, source: ImageSource | None) -> None:
     """Lets the rows tell which annotated labels they show: ``labelled`` and ``mask_labels``."""
     from netgloss.data import open_images
-    from netgloss.dissect import MaskedLayer
+    from netgloss.evaluation.dissect import MaskedLayer
 
     if source is None:
         raise UserError(f"annotations belong to images: give those of {stream.store.path} again by --images")
@@ -124,8 +124,11 @@ def _surroundings(
         way_on = make_tail(classifier, layer, source)
         tail = lambda index: tail_for(way_on, classifier, source, index)  # noqa: E731
     to_logits = logits_of_images(classifier) if "to_logits" in needs else None
+    to_code = code_of_images(classifier, layer) if "to_code" in needs else None
     section = (lambda: section_of(classifier, layer, upper)) if "section" in needs else None
-    return Surroundings(upper=upper, pixels=pixels, image=image, tail=tail, to_logits=to_logits, section=section)
+    return Surroundings(
+        upper=upper, pixels=pixels, image=image, tail=tail, to_logits=to_logits, to_code=to_code, section=section
+    )
 
 
 def make_tail(classifier: Classifier, layer: str, source: ImageSource | None) -> Tail:
@@ -162,11 +165,23 @@ def pixel_reader(classifier: Classifier, source: ImageSource, size: tuple[int, i
 def logits_of_images(classifier: Classifier) -> Callable[[Tensor], Tensor]:
     """Differentiable logits of images (B, m, S, S') in [0, 1]: clipped, resized to the network's input, normalised."""
 
-    def to_logits(images: Tensor) -> Tensor:
-        size = classifier.input_shape[1:]
-        images = images.clamp(0, 1)
-        if tuple(images.shape[2:]) != tuple(size):
-            images = interpolate(images, size, mode="bilinear", antialias=True)
-        return classifier.net(classifier.preprocessing.normalise(images))
+    return lambda images: classifier.net(_network_input(classifier, images))
 
-    return to_logits
+
+def code_of_images(classifier: Classifier, layer: str) -> Callable[[Tensor], Tensor]:
+    """Differentiable activations of ``layer``, of images as :func:`logits_of_images` takes them."""
+    from netgloss.classifiers import Taps
+
+    def to_code(images: Tensor) -> Tensor:
+        with Taps(classifier.net, layer) as taps:
+            return taps(_network_input(classifier, images))[layer]
+
+    return to_code
+
+
+def _network_input(classifier: Classifier, images: Tensor) -> Tensor:
+    size = classifier.input_shape[1:]
+    images = images.clamp(0, 1)
+    if tuple(images.shape[2:]) != tuple(size):
+        images = interpolate(images, size, mode="bilinear", antialias=True)
+    return classifier.preprocessing.normalise(images)

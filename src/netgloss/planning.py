@@ -322,7 +322,7 @@ def _pace_of_evaluation(
 ) -> float:
     """Images/s of all image metrics on as many subjects as an evaluation of three seeds has: three of the method and of
     random directions, the layer's own axes, shuffled codes and the mean."""
-    from netgloss.evaluation import Layer, LayerBatch, Rebuilt, measure
+    from netgloss.evaluation.measure import Layer, LayerBatch, Rebuilt, measure
     from netgloss.fitting import make_tail
 
     tail = make_tail(classifier, layer, None)

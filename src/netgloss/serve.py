@@ -60,7 +60,7 @@ class UploadExplainer:
     """
 
     def __init__(self, run: Run, *, device: str = "auto") -> None:
-        from netgloss.appraisal import make_tail, pick_device
+        from netgloss.evaluation.run import make_tail, pick_device
 
         self.run = run
         self.explainer = run.explainer
@@ -97,7 +97,7 @@ class UploadExplainer:
         from torchvision.transforms.v2.functional import to_pil_image
 
         from netgloss.classifiers import Taps
-        from netgloss.evaluation import LayerBatch, spread_tail
+        from netgloss.evaluation.measure import LayerBatch, spread_tail
         from netgloss.gloss import describe_image
         from netgloss.gloss.examples import explain_images
         from netgloss.gloss.heatmaps import concept_heatmaps
@@ -156,7 +156,7 @@ class UploadExplainer:
 
     def _way_on(self, pixels: Tensor) -> Callable[[Any], Tensor]:
         """What leads from the layer, or from the layers above that were rebuilt, to the logits of these pixels."""
-        from netgloss.evaluation import either_tail
+        from netgloss.evaluation.measure import either_tail
 
         def bound(tail: Tail) -> Callable[[Tensor], Tensor]:
             if tail.mode == "graph":

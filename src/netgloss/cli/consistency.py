@@ -28,16 +28,16 @@ class Consistency:
     @staticmethod
     def more() -> dict[str, type]:
         """The dataclasses whose fields are flags too, by the argument of :meth:`run`."""
-        from netgloss.consistency_affinity import AffinityChoice
-        from netgloss.consistency_probe import AttackChoice
-        from netgloss.consistency_run import ConsistencyOptions
+        from netgloss.consistency.affinity import AffinityChoice
+        from netgloss.consistency.probe import AttackChoice
+        from netgloss.consistency.run import ConsistencyOptions
 
         return {"attack": AttackChoice, "affinity": AffinityChoice, "options": ConsistencyOptions}
 
     def run(self, **more: Any) -> None:
-        from netgloss.appraisal import pick_device
-        from netgloss.consistency_run import consistency_run
+        from netgloss.consistency.run import consistency_run
         from netgloss.data import open_images
+        from netgloss.evaluation.run import pick_device
 
         with Bars() as bars:
             run = consistency_run(

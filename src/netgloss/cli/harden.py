@@ -30,14 +30,14 @@ class Harden:
         """The dataclasses whose fields are flags too, by the argument of :meth:`run`."""
         from netgloss.adversarial.harden import HardenConfig
         from netgloss.adversarial.robustness import AttackPlan
-        from netgloss.consistency_affinity import AffinityChoice
-        from netgloss.harden_run import HardenPlan
+        from netgloss.consistency.affinity import AffinityChoice
+        from netgloss.consistency.harden_run import HardenPlan
 
         return {"config": HardenConfig, "plan": HardenPlan, "attacks": AttackPlan, "affinity": AffinityChoice}
 
     def run(self, **more: Any) -> None:
+        from netgloss.consistency.harden_run import harden_run
         from netgloss.data import open_images
-        from netgloss.harden_run import harden_run
 
         with Bars() as bars:
             run = harden_run(

@@ -29,7 +29,7 @@ class Parts:
     """Show the maps as they are, without the mask around their peaks."""
 
     def run(self) -> None:
-        from netgloss.part_gallery import write_galleries
+        from netgloss.gloss.parts import write_galleries
         from netgloss.pipeline import open_sources
         from netgloss.run import Run
 

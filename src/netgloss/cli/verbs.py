@@ -207,8 +207,8 @@ class Evaluate:
 
     def run(self) -> None:
         from netgloss.activations import Store
-        from netgloss.appraisal import EvaluationOptions, evaluate_run
-        from netgloss.dissect_run import dissect_run
+        from netgloss.evaluation.dissect_run import dissect_run
+        from netgloss.evaluation.run import EvaluationOptions, evaluate_run
         from netgloss.pipeline import open_sources
         from netgloss.run import Run
 
@@ -290,7 +290,7 @@ class Explain:
 
     def run(self, method: str, config: Any) -> None:
         from netgloss.activations import CaptureOptions
-        from netgloss.appraisal import EvaluationOptions
+        from netgloss.evaluation.run import EvaluationOptions
         from netgloss.pipeline import explain
 
         with Bars() as bars:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from netgloss.activations import CaptureOptions, Store, capture
-from netgloss.appraisal import split_store
 from netgloss.comparison.faithful import FaithfulnessOptions
 from netgloss.comparison.judge import Annotated, Bench
 from netgloss.comparison.measuring import measure_entries
@@ -34,6 +33,7 @@ from netgloss.comparison.report import Comparison
 from netgloss.comparison.result import Entry, score_entries
 from netgloss.comparison.sweep import Configs, config_of, fill, fit_all, method_list
 from netgloss.errors import UserError
+from netgloss.evaluation.run import split_store
 from netgloss.explainers.base import find_explainer
 from netgloss.fitting import make_tail, upper_layers
 from netgloss.pipeline import open_sources, store_info
@@ -295,8 +295,8 @@ def _annotated(
     options: CompareOptions,
     progress: Progress,
 ) -> Annotated:
-    from netgloss.dissect import MaskedLayer, split_annotated
-    from netgloss.dissect_run import open_annotated
+    from netgloss.evaluation.dissect import MaskedLayer, split_annotated
+    from netgloss.evaluation.dissect_run import open_annotated
 
     pictures = open_annotated(annotations, source)
     captured = capture(

@@ -29,7 +29,7 @@ from torch import Tensor
 from netgloss.comparison.faithful import FaithfulnessOptions, measure_faithfulness
 from netgloss.comparison.paired import Measured
 from netgloss.errors import UserError
-from netgloss.evaluation import (
+from netgloss.evaluation.measure import (
     BATCH,
     Layer,
     LayerBatch,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from netgloss.activations import Store
     from netgloss.classifiers import Classifier, Tail
     from netgloss.data import ImageSource
-    from netgloss.dissect import MaskedLayer
+    from netgloss.evaluation.dissect import MaskedLayer
 
 _HELD_BYTES = 1 << 30
 _AT_ONCE = 8
@@ -338,7 +338,7 @@ def _faithfulness(bench: Bench, job: Job) -> dict[str, ImageMetric]:
 
 def _dissection(bench: Bench, job: Job) -> Answer:
     """Mean IoU of the concepts with their labels on the score images, at the on-rate that all methods share."""
-    from netgloss.dissect import dissect
+    from netgloss.evaluation.dissect import dissect
 
     assert job.explainer is not None
     assert bench.annotated is not None

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from netgloss.appraisal import moments
 from netgloss.comparison.judge import Bench, Job, Question, View, answer_all, make_job
 from netgloss.comparison.result import Entry
-from netgloss.evaluation import dictionary_scores, make_controls
+from netgloss.evaluation.measure import dictionary_scores, make_controls
+from netgloss.evaluation.run import moments
 from netgloss.explainers.base import Explainer
 from netgloss.training import ActivationStream
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from netgloss.activations import CaptureOptions, capture
-from netgloss.appraisal import moments, split_store
 from netgloss.comparison.faithful import FaithfulnessOptions
 from netgloss.comparison.judge import Answer, Bench, answer_all, make_job
 from netgloss.comparison.result import Entry
 from netgloss.errors import UserError
+from netgloss.evaluation.run import moments, split_store
 from netgloss.fitting import make_tail, upper_layers
 from netgloss.pipeline import fit_run, store_info
 from netgloss.progress import Progress

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from netgloss.activations import Store
-from netgloss.appraisal import split_store
 from netgloss.comparison.faithful import FAITHFULNESS, FaithfulnessOptions
 from netgloss.comparison.judge import Bench
 from netgloss.comparison.measuring import measure_entries
 from netgloss.comparison.result import Entry, score_entries
 from netgloss.comparison.sweep import fill
 from netgloss.errors import UserError
+from netgloss.evaluation.run import split_store
 from netgloss.fitting import make_tail
 from netgloss.metrics import Score
 from netgloss.progress import Progress, Silent

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netgloss.evaluation import Layer, LayerBatch, image_scores
+from netgloss.evaluation.measure import Layer, LayerBatch, image_scores
 from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.explainers.cladec import ClaDec
 from netgloss.figures.decoded import Triple, decoded_triples

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netgloss.appraisal import split_store
 from netgloss.decoding.concepts import ConceptDecoder, Manifold, Visibility, spatial_mean, visibility
 from netgloss.decoding.judge import Pictures, caption
 from netgloss.errors import UserError
-from netgloss.evaluation import Layer
+from netgloss.evaluation.measure import Layer
+from netgloss.evaluation.run import split_store
 from netgloss.explainers.cladec import ClaDec
 from netgloss.figures.decoded import ConceptPictures, concept_strip
 from netgloss.figures.style import number

@@ -32,7 +32,7 @@ class ClaDecConfig(TrainingConfig):
     class_target: Literal["auto", "label", "prediction", "kl"] = "auto"
     """With alpha: what decoded images shall be classified as; auto: the label, the prediction where there is none."""
     code_weight: float = 0.0
-    """Weight of the relative error of the layer's activation of the decoded image (Python only)."""
+    """Weight of the relative error of the layer's activation of the decoded image (label-free fidelity)."""
     channels: str = "all"
     """Units of the layer: all, a share ("25%"), or indices ("0,3,8-11")."""
     channel_rule: Literal["random", "first", "relevance"] = "random"

@@ -75,7 +75,7 @@ class Batch:
     by layer name, ``image`` (B, m, S, S') in [0, 1]. ``tail`` computes the logits of the whole activations ``whole``
     (b, C, H, W) differentiably: of some images drawn for the step, or ``activation`` itself for methods that read
     maps. ``to_logits`` computes those of images (., m, S, S') in [0, 1]: clipped, resized to the network's input and
-    normalised. ``step`` counts the batches of the fit.
+    normalised; ``to_code`` their activations of the layer. ``step`` counts the batches of the fit.
     """
 
     activation: Tensor
@@ -87,6 +87,7 @@ class Batch:
     whole: Tensor | None = None
     tail: Callable[[Tensor], Tensor] | None = None
     to_logits: Callable[[Tensor], Tensor] | None = None
+    to_code: Callable[[Tensor], Tensor] | None = None
     step: int = 0
 
 
@@ -177,8 +178,8 @@ class Explainer(nn.Module):
     reads : ``"rows"`` (the adapter below feeds single vectors), ``"pooled"`` (one vector an image: a map is averaged
         over its grid, concepts are (B, K)) or ``"maps"`` (whole activations).
     uses : fields of :class:`Batch` that ``losses`` needs besides the activation: ``"logits"``, ``"labels"``,
-        ``"upper"``, ``"image"``, ``"tail"``, ``"to_logits"``; see :meth:`needs` where options decide. ``"section"``
-        asks for :meth:`adopt` instead of a field.
+        ``"upper"``, ``"image"``, ``"tail"``, ``"to_logits"``, ``"to_code"``; see :meth:`needs` where options decide.
+        ``"section"`` asks for :meth:`adopt` instead of a field.
     learned : True if the method is trained by gradient steps on ``losses``.
     deterministic : True if the seed changes nothing (PCA).
 

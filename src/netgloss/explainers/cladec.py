@@ -91,8 +91,6 @@ class ClaDec(Explainer):
         self.register_buffer("mean_activation", torch.zeros(spec.shape))
         self.register_buffer("_planned", torch.zeros(3, dtype=torch.long))  # steps, steps with alpha after them, seed
         self.kept = KeptWeights()
-        self.to_code: Callable[[Tensor], Tensor] | None = None
-        """With ``code_weight``: decoded images -> the layer's activation, differentiable; set it before the fit."""
         self.check_collapse = True
         """Whether a decoder that ignores its code ends the fit with an error."""
         self._held: tuple[Tensor, Tensor, Batch] | None = None
@@ -109,6 +107,8 @@ class ClaDec(Explainer):
         fields = ["image"]
         if config.alpha > 0:
             fields += ["to_logits", "logits", "labels"]
+        if config.code_weight > 0:
+            fields.append("to_code")
         if config.channel_rule == "relevance":
             fields += ["tail", "logits"]
         return tuple(dict.fromkeys(fields))
@@ -226,6 +226,7 @@ class ClaDec(Explainer):
             index,
             logits=None if batch.logits is None else batch.logits[used],
             labels=None if batch.labels is None else batch.labels[used],
+            to_code=batch.to_code,
         )
         image = image[used]
         self._to_logits = batch.to_logits
@@ -254,9 +255,9 @@ class ClaDec(Explainer):
             told |= {"CE": float(wrong.detach())}
         told["J"] = (1 - alpha) * told["R"] + alpha * told.get("CE", 0.0)
         if self.config.code_weight:
-            if self.to_code is None:
-                raise UserError("code_weight needs the classifier: set explainer.to_code before the fit (Python only)")
-            gap = (self.to_code(decoded) - batch.activation).flatten(1).norm(dim=1)
+            if batch.to_code is None:
+                raise UserError("code_weight > 0 needs the classifier: the batch brought no to_code")
+            gap = (batch.to_code(decoded) - batch.activation).flatten(1).norm(dim=1)
             share = gap.square() / batch.activation.flatten(1).norm(dim=1).square().clamp_min(_EPS)
             terms["code"] = self.config.code_weight * share.mean()
         self._logged |= told

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from netgloss.evaluation import Layer
+from netgloss.evaluation.measure import Layer
 from netgloss.explainers.base import Explainer
 from netgloss.gloss.deletion import cross_deletion
 from netgloss.gloss.examples import explain_images

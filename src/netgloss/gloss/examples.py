@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netgloss.evaluation import LayerBatch
+from netgloss.evaluation.measure import LayerBatch
 from netgloss.explainers.base import Explainer
 from netgloss.gloss.heatmaps import ConceptRange
 from netgloss.gloss.removal import STRENGTHS, is_exact, removal_record, replay

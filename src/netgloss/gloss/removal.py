@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netgloss.evaluation import LayerBatch
+from netgloss.evaluation.measure import LayerBatch
 from netgloss.explainers.base import Explainer
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netgloss.evaluation import Layer
+from netgloss.evaluation.measure import Layer
 from netgloss.explainers.base import Explainer
 from netgloss.metrics.dictionary import cosines
 from netgloss.metrics.stability import CodeCorrelation

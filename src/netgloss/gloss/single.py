@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netgloss.evaluation import spread_tail
+from netgloss.evaluation.measure import spread_tail
 from netgloss.explainers.base import Explainer
 from netgloss.gloss.heatmaps import concept_heatmaps
 from netgloss.metrics.importance import explain_class, strongest

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netgloss.evaluation import Layer, LayerBatch
+from netgloss.evaluation.measure import Layer, LayerBatch
 from netgloss.explainers.base import Explainer
 from netgloss.gloss.mistakes import Mistake, find_mistakes
 from netgloss.metrics.importance import Contributions, explain_class

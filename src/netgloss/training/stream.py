@@ -39,7 +39,7 @@ class Surroundings:
     pixels : uint8 (n, m, S, S') of images of the store, by their indices.
     image : (m, S, S').
     tail : differentiable logits of the layer's whole activations, for the images with the given indices.
-    to_logits : differentiable logits of images (., m, S, S') in [0, 1].
+    to_logits, to_code : differentiable logits, and activations of the layer, of images (., m, S, S') in [0, 1].
     section : makes a fresh copy of the network's part from the layer to ``upper``.
     """
 
@@ -48,6 +48,7 @@ class Surroundings:
     image: tuple[int, ...] = ()
     tail: Callable[[np.ndarray], Logits] | None = None
     to_logits: Logits | None = None
+    to_code: Logits | None = None
     section: Callable[[], nn.Module] | None = None
 
 
@@ -235,6 +236,8 @@ class ActivationStream:
                 batch.image = beside[""][place].float().div_(255)
         if "to_logits" in fields:
             batch.to_logits = self.around.to_logits
+        if "to_code" in fields:
+            batch.to_code = self.around.to_code
         return batch
 
     def _add_tail(self, batch: Batch, values: Tensor, block: np.ndarray, rng: np.random.Generator) -> None:

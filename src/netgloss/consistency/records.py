@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from netgloss.adversarial.pixels import LabelledPixels
-from netgloss.consistency_affinity import AffinityChoice
-from netgloss.consistency_probe import Adversarial, AttackChoice, LayerResult
+from netgloss.consistency.affinity import AffinityChoice
+from netgloss.consistency.probe import Adversarial, AttackChoice, LayerResult
 from netgloss.metrics.base import Score, interval
 from netgloss.metrics.consistency import DEFINITION, STATUS
 from netgloss.metrics.consistency_companions import best_subtree, consistency_by_depth, half_reliability

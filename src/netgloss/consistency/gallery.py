@@ -19,7 +19,7 @@ from netgloss.metrics.consistency_difference import strongest_units
 if TYPE_CHECKING:
     from netgloss.adversarial import PixelClassifier
     from netgloss.adversarial.pixels import LabelledPixels
-    from netgloss.consistency_probe import Adversarial, LayerResult
+    from netgloss.consistency.probe import Adversarial, LayerResult
     from netgloss.run import Run
 
 QUANTILE = 0.995

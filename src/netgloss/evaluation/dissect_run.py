@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from netgloss.activations import CaptureOptions, Store, capture
-from netgloss.appraisal import split_store
-from netgloss.dissect import Dissected, MaskedLayer, dissect, significance, split_annotated
 from netgloss.errors import UserError
-from netgloss.evaluation import make_controls
-from netgloss.locate import landmarks_of, location_scores, peaks_of
+from netgloss.evaluation.dissect import Dissected, MaskedLayer, dissect, significance, split_annotated
+from netgloss.evaluation.locate import landmarks_of, location_scores, peaks_of
+from netgloss.evaluation.measure import make_controls
+from netgloss.evaluation.run import split_store
 from netgloss.metrics import Score, interval
 from netgloss.metrics.dissection import DETECTOR_IOU
 from netgloss.metrics.dissection_rates import PUBLISHED_RATE

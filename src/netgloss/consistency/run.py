@@ -27,9 +27,9 @@ import torch
 from netgloss.adversarial import PixelClassifier
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
 from netgloss.classifiers import Classifier, Tail
-from netgloss.consistency_affinity import AffinityChoice
-from netgloss.consistency_gallery import gallery, trace
-from netgloss.consistency_probe import (
+from netgloss.consistency.affinity import AffinityChoice
+from netgloss.consistency.gallery import gallery, trace
+from netgloss.consistency.probe import (
     Adversarial,
     AttackChoice,
     Encode,
@@ -38,7 +38,7 @@ from netgloss.consistency_probe import (
     measure_layers,
     network_mean,
 )
-from netgloss.consistency_records import (
+from netgloss.consistency.records import (
     attack_record,
     layer_record,
     layer_score,
@@ -56,7 +56,7 @@ from netgloss.metrics.consistency_difference import (
     unchanged,
 )
 from netgloss.progress import Progress, Silent
-from netgloss.run import Run, load_explainer, to_json, write_atomically
+from netgloss.run import FileCheckpoint, Run, load_explainer, to_json, write_atomically
 
 if TYPE_CHECKING:
     from netgloss.data import ImageSource
@@ -148,6 +148,8 @@ def consistency_run(
         },
     }
     run = Run.create(out, manifest)
+    if run.manifest["status"] == "complete":
+        return run
     began = time.monotonic()
     classifier = classifier.to(device)
     pixels = PixelClassifier.of(classifier, craft_layer=attack.craft_layer)
@@ -158,10 +160,8 @@ def consistency_run(
         data = data.stratified(options.max_images, seed=seed)
         top_set_size(data.probe_labels, k=options.k)  # too few images are told before minutes of attack
         affinities, provenance = affinity.build(classifier, data)
-        progress.start(f"attack seed {seed}", 1, unit="attack")
-        made = attack_probe(pixels, data, attack, seed=seed, layer=layers[0])
-        progress.advance()
-        progress.start(f"units seed {seed}", 1, unit="network")
+        kept = FileCheckpoint(run.path / f"attack-seed{seed}.checkpoint.safetensors")
+        made = attack_probe(pixels, data, attack, seed=seed, layer=layers[0], checkpoint=kept, progress=progress)
         results, logits = measure_layers(
             pixels,
             data,
@@ -175,9 +175,8 @@ def consistency_run(
             k=options.k,
             null_draws=options.null_draws if seed == run.seeds[0] else 0,
             seed=seed,
+            progress=progress,
         )
-        progress.advance()
-        progress.finish()
         measured.append(results)
         if seed == run.seeds[0]:
             first = (data, made, results, logits, affinities, provenance)
@@ -223,9 +222,12 @@ def consistency_run(
         **run.manifest["data"],
         "unreadable": [{"id": i, "reason": r} for i, r in list(data.problems.items())[:200]],
     }
-    run.update(status="complete", data=data_record, warnings=run_warnings(result))
+    run.update(data=data_record, warnings=run_warnings(result))
     run.add_time("consistency", time.monotonic() - began)
     run.write_report()
+    for seed in run.seeds:
+        FileCheckpoint(run.path / f"attack-seed{seed}.checkpoint.safetensors").remove()
+    run.update(status="complete")
     return run
 
 

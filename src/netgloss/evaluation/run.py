@@ -15,7 +15,7 @@ import torch
 
 from netgloss.activations import CaptureOptions, Store, capture
 from netgloss.errors import UserError
-from netgloss.evaluation import (
+from netgloss.evaluation.measure import (
     Layer,
     class_labels,
     dictionary_scores,

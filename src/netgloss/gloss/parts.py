@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from netgloss.activations import Store
-from netgloss.appraisal import split_store
 from netgloss.errors import UserError
+from netgloss.evaluation.run import split_store
 from netgloss.explainers._part_loss import peak_mask
 from netgloss.run import Run, save_figure
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,14 +35,17 @@ from netgloss.metrics.consistency import Units, UnitScores, consistency, respons
 from netgloss.metrics.consistency_adversarial import Comparison, compare, compare_fooled, cosines_by_bin
 from netgloss.metrics.consistency_companions import kernel_agreement
 from netgloss.metrics.feature_health import class_mean_ratio, effective_rank, source_vs_nearest_target_ratio
+from netgloss.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    pass
+    from netgloss.training import Checkpoint
 
 AttackName = Literal["pgd", "pgd-l2", "fgsm", "fgsm-rs", "least-likely", "feature", "none"]
 Encode = Callable[[Tensor], Tensor]
 DIRECTIONS = 256
 """Random directions of the control, at most."""
+SAVE_SECONDS = 15.0
+"""Seconds of an attack that a kill may cost, besides the batch under way."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,13 @@ def attack_probe(
     seed: int = 0,
     layer: str | None = None,
     batch_size: int = 32,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
 ) -> Adversarial | None:
     """One adversarial image for each of R, against this network; None for the attack "none".
 
     Targets are classes of the probe set, pairs (true, target) as even as can be. ``layer`` is where the feature attack
-    works.
+    works. With ``checkpoint`` an interrupted attack goes on after the last batch that was kept.
     """
     if choice.attack == "none":
         return None
@@ -113,18 +119,45 @@ def attack_probe(
         "feature": (feature, {"layer": layer, "steps": choice.steps, "seed": seed}),
     }
     attack, own = attacks[choice.attack]
-    x, y = data.pixels().to(device), data.labels.to(device)
-    found = attack_in_batches(attack, pixels, x, y, ids=data.ids, **common, **own)
-    parts = [
-        dataclasses.replace(found, **_rows(found, part)).rounded(pixels, x[part], y[part])
-        for part in torch.arange(len(x)).split(batch_size)
-    ]
+    progress = progress or Silent()
+    parts = _kept(checkpoint, device)
+    done = sum(len(part.images) for part in parts)
+    progress.start(f"attack seed {seed}", len(data), unit="images", done=done)
+    saved = time.monotonic()
+    for place in torch.arange(done, len(data)).split(batch_size) if done < len(data) else ():
+        x, y = data.pixels(place).to(device), data.labels[place].to(device)
+        aligned = {"targets": common["targets"][place]} if "targets" in common else {}
+        ids = [data.ids[i] for i in place]
+        parts.append(
+            attack_in_batches(attack, pixels, x, y, ids=ids, **{**common, **own, **aligned}).rounded(pixels, x, y)
+        )
+        last = int(place[-1]) == len(data) - 1
+        if checkpoint is not None and (last or time.monotonic() - saved > SAVE_SECONDS):
+            _keep(checkpoint, parts)
+            saved = time.monotonic()
+        progress.advance(len(place))
+    progress.finish()
     found = AttackResult.join(parts)
     if choice.attack == "least-likely":
         assert found.targets is not None
         place = {int(c): i for i, c in enumerate(data.net_classes)}
         targets = torch.tensor([place[int(t)] for t in found.targets])
     return Adversarial(found, targets)
+
+
+def _keep(checkpoint: Checkpoint, parts: Sequence[AttackResult]) -> None:
+    found = AttackResult.join(parts)
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if getattr(found, f.name) is not None}
+    checkpoint.save({**fields, "images": found.images.mul(255).round().to(torch.uint8)}, {"images": len(found.images)})
+
+
+def _kept(checkpoint: Checkpoint | None, device: torch.device) -> list[AttackResult]:
+    """What an interrupted attack has made, images of 8 bits as ``rounded`` gives them."""
+    saved = None if checkpoint is None else checkpoint.load()
+    if saved is None:
+        return []
+    fields: dict[str, Any] = {"targets": None, **{name: value.to(device) for name, value in saved[0].items()}}
+    return [AttackResult(**{**fields, "images": fields["images"].float() / 255})]
 
 
 @torch.no_grad()
@@ -135,6 +168,7 @@ def read_layers(
     layers: Sequence[str],
     *,
     batch_size: int = 32,
+    advance: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What each reader makes of the layers' outputs, joined over images (N, channels, H, W), on the CPU; and logits
     (N, classes)."""
@@ -146,6 +180,8 @@ def read_layers(
             logits.append(taps.logits.float().cpu())
             for name, reader in readers.items():
                 found[name].append(reader(outputs).float().cpu())
+            if advance is not None:
+                advance(len(part))
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(logits)
 
 
@@ -204,6 +240,7 @@ def measure_layers(
     null_draws: int = 2000,
     seed: int = 0,
     batch_size: int = 32,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, LayerResult], dict[str, Tensor]]:
     """Units of several layers on R = ``data`` and on V.
 
@@ -226,17 +263,23 @@ def measure_layers(
     for layer in layers:
         readers[f"units {layer}"] = _responses_of(layer, encoders.get(layer), pooling)
         readers[f"mean {layer}"] = _mean_of(layer)
+    progress = progress or Silent()
+    passes = len(sets) * (1 + controls) + (untrained is not None)
+    progress.start(f"units seed {seed}", passes * len(data), unit="images")
+    advance = progress.advance
     tables: dict[str, dict[str, Tensor]] = {}
     logits = {}
     for name, images in sets.items():
-        tables[name], logits[name] = read_layers(pixels, images, readers, layers, batch_size=batch_size)
+        tables[name], logits[name] = read_layers(
+            pixels, images, readers, layers, batch_size=batch_size, advance=advance
+        )
     directions: dict[str, dict[str, Tensor]] = {}
     if controls:
         turned = {
             layer: _directions_of(layer, tables["real"][f"mean {layer}"].mean(0), seed, pooling) for layer in layers
         }
         for name, images in sets.items():
-            directions[name], _ = read_layers(pixels, images, turned, layers, batch_size=batch_size)
+            directions[name], _ = read_layers(pixels, images, turned, layers, batch_size=batch_size, advance=advance)
     bare: dict[str, Tensor] = {}
     if untrained is not None:
         bare, _ = read_layers(
@@ -245,7 +288,9 @@ def measure_layers(
             {n: r for n, r in readers.items() if n.startswith("units")},
             layers,
             batch_size=batch_size,
+            advance=advance,
         )
+    progress.finish()
     sources = torch.arange(len(data))
     results = {}
     for layer in layers:
@@ -365,11 +410,6 @@ def _directions_of(
         return responses(turned.movedim(-1, 1), pooling=pooling)
 
     return read
-
-
-def _rows(found: AttackResult, part: Tensor) -> dict[str, Any]:
-    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    return {name: None if value is None else value[part] for name, value in values.items()}
 
 
 def _live(scores: UnitScores) -> Tensor:

@@ -32,10 +32,10 @@ from netgloss.adversarial.harden import DivergedError, HardenConfig, Hardened, h
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
 from netgloss.adversarial.robustness import AttackPlan, masking_failures, robust_accuracies
 from netgloss.classifiers import Classifier, load_classifier
-from netgloss.consistency_affinity import AffinityChoice
-from netgloss.consistency_probe import AttackChoice, LayerResult, attack_probe, measure_layers
+from netgloss.consistency.affinity import AffinityChoice
+from netgloss.consistency.harden_summary import arm_scores, summarise_arm
+from netgloss.consistency.probe import AttackChoice, LayerResult, attack_probe, measure_layers
 from netgloss.errors import UserError
-from netgloss.harden_summary import arm_scores, summarise_arm
 from netgloss.metrics.consistency import top_set_size
 from netgloss.metrics.feature_health import response_correlation
 from netgloss.progress import Progress, Silent
