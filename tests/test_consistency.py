@@ -578,6 +578,14 @@ def test_prediction_difference_of_channels_and_concepts() -> None:
     )
     with torch.no_grad():
         assert torch.allclose(found, concepts.mean((2, 3)) * (head.weight[predicted] @ mix.T), atol=1e-5)
+    for options in ({}, {"units": [3, 1]}):
+        assert torch.allclose(
+            prediction_difference(maps, tail, affine=True, **options),
+            prediction_difference(maps, tail, **options),
+            atol=1e-6,
+        )
+    mixed = {"encode": lambda a: concepts, "decode": lambda z: torch.einsum("bkhw,kc->bchw", z, mix) + 7}
+    assert torch.allclose(prediction_difference(maps, tail, affine=True, **mixed), found, atol=1e-5)
     with pytest.raises(UserError, match="same shape"):
         prediction_difference(maps, tail, decode=lambda z: z[:, :2])
 

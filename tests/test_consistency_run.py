@@ -333,6 +333,18 @@ def test_adaptive_attack_raises_the_agreement(classifier: Classifier) -> None:
         adaptive_pgd(pixels, x, y, probe_targets=targets, layer="relu", tail=tail, meaning=meaning[:, :4], **common)
 
 
+def test_wordnet_ids_are_shown_by_the_network_s_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The affinity keeps the ids; who reads the report sees names."""
+    ids = ["n01440764", "n02102040", "n02979186"]
+    source, classifier = pictures(), load_classifier(Net())
+    assert load_pixels(classifier, source, number=30).title(1) == CLASSES[1]
+    monkeypatch.setattr(Classifier, "wnids", property(lambda self: ids))
+    classifier.class_names = ["tench", "English springer", "cassette player"]
+    data = load_pixels(classifier, ArraySource(source.pixels, source.targets, ids), number=30).stratified(9)
+    assert [data.title(c) for c in range(3)] == classifier.class_names
+    assert data.class_names == ids
+
+
 def test_csv_is_harmless() -> None:
     text = to_csv([{"a": "=1+1", "b": math.nan}, {"a": 'x,"y"', "b": 0.5, "c": 1}])
     assert text.splitlines() == ["a,b,c", "'=1+1,,", '"x,""y""",0.5,1']

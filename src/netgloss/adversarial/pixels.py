@@ -5,6 +5,7 @@ Shape letters: N images.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ class LabelledPixels:
     class_names : C names of the source's classes that occur.
     net_classes : (C,) the classifier's class of each.
     problems : unreadable images and why.
+    titles : C names to show: the classifier's where the source has WordNet ids; empty for ``class_names``.
     """
 
     bytes: Tensor
@@ -49,6 +51,11 @@ class LabelledPixels:
     class_names: list[str]
     net_classes: Tensor
     problems: dict[str, str] = field(default_factory=dict)
+    titles: list[str] = field(default_factory=list)
+
+    def title(self, c: int) -> str:
+        """What a reader calls class ``c`` of the probe set."""
+        return (self.titles or self.class_names)[c]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,6 +74,7 @@ class LabelledPixels:
             self.class_names,
             self.net_classes,
             self.problems,
+            self.titles,
         )
 
     def stratified(self, number: int | None, *, seed: int = 0) -> LabelledPixels:
@@ -163,7 +171,11 @@ def _numbered(
     if len(of_net.unique()) < len(of_net):
         raise UserError(f"several classes of {source.description} are the same class of {classifier.name}")
     probe = torch.searchsorted(present, targets)
-    return LabelledPixels(pixels, probe, of_net[probe], ids, names, of_net, problems)
+    titles = [
+        classifier.class_names[c] if re.fullmatch(r"n\d{8}", name) else name
+        for name, c in zip(names, of_net.tolist(), strict=True)
+    ]
+    return LabelledPixels(pixels, probe, of_net[probe], ids, names, of_net, problems, titles)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -108,11 +108,11 @@ def gallery(
                 entry: dict[str, Any] = {
                     "image": file,
                     "id": data.ids[i],
-                    "true": data.class_names[int(data.probe_labels[i])],
+                    "true": data.title(int(data.probe_labels[i])),
                     "response": value,
                 }
                 if name == "adversarial" and made is not None and made.targets is not None:
-                    entry["target"] = data.class_names[int(made.targets[i])]
+                    entry["target"] = data.title(int(made.targets[i]))
                     entry["reached"] = bool(made.found.success[i])
                 record[name].append(entry)
         records.append(record)
@@ -137,9 +137,9 @@ def trace(
         return None
     row = int(reached.nonzero()[0])
     i = int(chosen[row])
-    record: dict[str, Any] = {"id": data.ids[i], "true": data.class_names[int(data.probe_labels[i])]}
+    record: dict[str, Any] = {"id": data.ids[i], "true": data.title(int(data.probe_labels[i]))}
     if made.targets is not None:
-        record["target"] = data.class_names[int(made.targets[i])]
+        record["target"] = data.title(int(made.targets[i]))
     single = (result.units.pole > 0).nonzero().squeeze(1)
     for name, image in (("real", data.pixels(torch.tensor([i]))[0]), ("adversarial", made.found.images[i].cpu())):
         found = differences[name]
@@ -157,7 +157,7 @@ def trace(
                     "unit": unit,
                     "difference": float(found["pd"][row, unit]),
                     "image": picture,
-                    "top_class": data.class_names[int(result.scores.classes[:, column].argmax())],
+                    "top_class": data.title(int(result.scores.classes[:, column].argmax())),
                     "share": float(result.scores.classes[:, column].max()),
                 }
             )

@@ -74,7 +74,7 @@ def unit_rows(
                 for key in ("chance1", "chance2"):
                     row[f"{key}_{name}"] = math.nan if compared is None else float(getattr(compared, key))
         for rank, (share, c) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
-            row |= {f"class{rank}": data.class_names[c], f"share{rank}": share}
+            row |= {f"class{rank}": data.title(c), f"share{rank}": share}
         if selective is not None and tree is not None:
             row["best_subtree"] = tree.names.get(selective.nodes[u], selective.nodes[u])
             row |= {"auroc": float(selective.auroc[u]), "average_precision": float(selective.average_precision[u])}

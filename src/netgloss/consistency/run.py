@@ -116,7 +116,7 @@ def consistency_run(
     progress = progress or Silent()
     layers = list(dict.fromkeys(classifier.check_layer(name) for name in layers))
     encoders: dict[str, Encode] = {}
-    method, decode = "channels", None
+    method, decode, linear = "channels", None, True
     if explainer is not None:
         explained = Run(explainer)
         if layers not in ([], [explained.layer]):
@@ -125,6 +125,7 @@ def consistency_run(
         fitted = load_explainer(explained.explainer_path(explained.seeds[0]))
         encoders[explained.layer], method = fitted.encode, explained.method
         decode = fitted.decode if fitted.target == "activation" else None
+        linear = fitted.dictionary is not None
     if not layers:
         raise UserError("say which layer's units are to be scored (--layer), or pass a run folder (--explainer)")
     manifest = {
@@ -184,8 +185,9 @@ def consistency_run(
     differences = {}
     for layer in layers:
         if options.difference_images and (layer not in encoders or decode is not None):
+            ways = (encoders[layer], decode) if layer in encoders and decode else (unchanged, unchanged)
             differences[layer] = _differences(
-                classifier, pixels, data, made, results[layer], affinities, options, encoders.get(layer), decode
+                classifier, pixels, data, made, results[layer], affinities, options, ways, linear, progress
             )
     rows = [
         row
@@ -206,7 +208,7 @@ def consistency_run(
     }
     result = {
         "affinity": {k: v for k, v in provenance.items() if k != "wnids"},
-        "class_names": data.class_names,
+        "class_names": [data.title(c) for c in range(len(data.class_names))],
         "num_images": len(data),
         "attack": None if made is None else attack_record(attack, made, logits, data),
         "v_regenerated": made is not None,
@@ -242,10 +244,14 @@ def _differences(
     result: LayerResult,
     affinities: dict[str, np.ndarray],
     options: ConsistencyOptions,
-    encode: Encode | None,
-    decode: Encode | None,
+    ways: tuple[Encode, Encode],
+    linear: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """PD of the units on some images of R and V, s of each, and how well s and the largest probability tell V."""
+    """PD of the units on some images of R and V, s of each, and how well s and the largest probability tell V.
+
+    ``ways`` encode and decode; ``linear`` says that decode is affine.
+    """
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     chosen = drawn[: options.difference_images].sort()[0]
     device = pixels.mean.device
@@ -262,14 +268,19 @@ def _differences(
     positive = result.units.pole > 0  # a signed unit is taken out as a whole
     meaning = torch.as_tensor(affinities["chosen"]) @ result.scores.classes[:, positive]
     place = {int(c): i for i, c in enumerate(data.net_classes)}
+    progress.start(f"differences {result.layer}", len(sets) * len(chosen), unit="images")
+    affine = None
     for name, images in sets.items():
         parts, logits_parts = [], []
         with torch.no_grad(), Taps(pixels.net, result.layer, stop=False) as taps:
             for batch in images.split(32):
                 activation = taps(pixels.normalise(batch.to(device)))[result.layer]
                 logits_parts.append(taps.logits.cpu())
-                own = (unchanged, unchanged) if encode is None or decode is None else (encode, decode)
-                parts.append(prediction_difference(activation, tail, encode=own[0], decode=own[1]).cpu())
+                if affine is None:
+                    affine = linear and tail.is_affine(tuple(activation.shape[1:]))
+                pd = prediction_difference(activation, tail, encode=ways[0], decode=ways[1], affine=affine)
+                parts.append(pd.cpu())
+                progress.advance(len(batch))
         logits = torch.cat(logits_parts)
         predicted = logits.argmax(1)
         inside = logits[:, data.net_classes].argmax(1)
@@ -281,6 +292,7 @@ def _differences(
             "inside": torch.tensor([int(p) in place for p in predicted]),
             "right": predicted == data.labels[chosen],
         }
+    progress.finish()
     real = found["real"]
     found["auroc_wrong"] = detection_auroc(real["s"][real["right"]], real["s"][~real["right"]])
     if made is not None:

@@ -5,7 +5,8 @@ Prediction difference (after Dong et al., arXiv 1901.09035), f_c the logit of th
     PD_u(x) = f_c(a) - f_c(a - (decode(z) - decode(z with z_u = 0))),      z = encode(a), a the layer's activation of x
 
 so what the explainer does not rebuild stays in place. For channels encode and decode are the identity, and the map of
-channel u is set to 0. Agreement, over the ten units of largest PD, with the classes p_u of their top images::
+channel u is set to 0. Where the logits are affine in a and a is affine in z, PD is z_u times the gradient of f_c, for
+all units in one backward pass. Agreement, over the ten units of largest PD, with the classes p_u of their top images::
 
     s(x) = sum_u w_u (A p_u)_c,      w_u ~ max(PD_u, 0)
 
@@ -39,6 +40,7 @@ def prediction_difference(
     decode: Callable[[Tensor], Tensor] = unchanged,
     units: Sequence[int] | None = None,
     classes: Tensor | None = None,
+    affine: bool = False,
 ) -> Tensor:
     """PD (B, U) of concepts ``units`` (default all K), in logits.
 
@@ -48,6 +50,7 @@ def prediction_difference(
     tail : logits of activations.
     encode, decode : an explainer's (its target must be ``"activation"``); default the channels themselves.
     classes : (B,) whose logit is read; default the predicted ones.
+    affine : tail and decode are affine; gives the same numbers in one pass instead of one a unit.
     """
     logits = tail(activation)
     classes = logits.argmax(1) if classes is None else classes
@@ -55,10 +58,19 @@ def prediction_difference(
     concepts = encode(activation)
     rebuilt = decode(concepts)
     check_same_shape("the activation", activation, "its reconstruction", rebuilt)
-    differences = []
-    for unit in range(concepts.shape[1]) if units is None else units:
+    chosen = list(range(concepts.shape[1]) if units is None else units)
+    for unit in chosen:
         if not 0 <= unit < concepts.shape[1]:
             raise UserError(f"units are 0 to {concepts.shape[1] - 1}, got {unit}")
+    if affine:
+        with torch.enable_grad():
+            codes = concepts.detach().clone().requires_grad_(True)
+            value = tail(activation - rebuilt + decode(codes)).gather(1, classes[:, None]).sum()
+            (gradient,) = torch.autograd.grad(value, codes)
+        parts = concepts * gradient
+        return (parts.flatten(2).sum(dim=2) if parts.ndim == 4 else parts)[:, chosen]
+    differences = []
+    for unit in chosen:
         without = concepts.clone()
         without[:, unit] = 0
         after = tail(activation - (rebuilt - decode(without)))
