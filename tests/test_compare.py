@@ -416,6 +416,11 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     ]
     assert "METHOD.FIELD=VALUE" in fails(capsys, *critters, "--set", "steps")
     assert "NAME=PATH" in fails(capsys, *critters, "--dictionary", "file.npz")
+    assert "has no option nope" in fails(capsys, *critters, "--set", "nmf.nope=3")
+    assert "unknown method 'topksae'; did you mean topk-sae" in fails(capsys, *critters, "--set", "topksae.steps=3")
+    assert "unknown method 'xyz'; choose basis" in fails(capsys, *critters, "--without", "xyz")
+    too_many = fails(capsys, *critters, "--num-concepts", "500", "--seeds", "1")
+    assert "nothing is left to compare: pca: " in too_many
     with pytest.raises(UserError, match="power of two"):
         FaithfulnessOptions(sobol_points=3)
 

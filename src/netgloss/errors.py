@@ -20,6 +20,15 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text))
 
 
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is none of ``known``: the nearest ones, and all."""
+    known = list(known)
+    close = nearest(name, known)
+    if close:
+        return UserError(f"unknown {what} {name!r}; did you mean {', '.join(close)}? (all: {', '.join(known)})")
+    return UserError(f"unknown {what} {name!r}; choose {', '.join(known)}")
+
+
 def nearest(name: str, known: Iterable[str], *, limit: int = 5) -> list[str]:
     """The known names closest to ``name``, best first (for "did you mean")."""
     known = list(known)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netgloss.adversarial.crafting import PixelClassifier, crafting, gradient, project
-from netgloss.errors import UserError, nearest
+from netgloss.errors import UserError, unknown
 
 Crafting = Literal["none", "noise", "fgsm", "pgd", "trades"]
 Distance = Literal["relative", "pivot", "l2"]
@@ -70,8 +70,7 @@ ARMS: dict[str, Arm] = {
 def find_arm(name: str) -> Arm:
     """An arm by name; an unknown one raises :class:`UserError` with the nearest right ones."""
     if name not in ARMS:
-        hint = nearest(name, ARMS) or ARMS
-        raise UserError(f"unknown arm {name!r}; did you mean {', '.join(hint)}? (all: {', '.join(ARMS)})")
+        raise unknown("arm", name, ARMS)
     return ARMS[name]
 
 

@@ -31,7 +31,7 @@ from netgloss.comparison.measuring import measure_entries
 from netgloss.comparison.networks import UNTRAINED, about_network, measure_network
 from netgloss.comparison.report import Comparison
 from netgloss.comparison.result import Entry, score_entries
-from netgloss.comparison.sweep import Configs, config_of, fill, fit_all, method_list
+from netgloss.comparison.sweep import Configs, check_named, config_of, fill, fit_all, method_list
 from netgloss.errors import UserError
 from netgloss.evaluation.run import split_store
 from netgloss.explainers.base import find_explainer
@@ -115,6 +115,7 @@ def compare(
         raise UserError("control networks need images: say how many by --network-images (network_images)")
     faithfulness = faithfulness or FaithfulnessOptions()
     fabric = make_fabric(device)
+    check_named(configs or {}, without or {}, num_concepts)
     out = Path(out)
     opened = [run if isinstance(run, Run) else Run(run) for run in runs]
     source = open_sources(images, eval_images) if images is not None else None
@@ -174,6 +175,9 @@ def compare(
 
         spec = stream.spec(num_classes=len(classifier.class_names), image=classifier.input_shape)
         entries += foreign_entries(dictionaries, captured, spec, progress)
+    if entries and all(entry.reason for entry in entries):
+        told = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries)
+        raise UserError(f"nothing is left to compare: {told}")
     entries = _unique(entries)
     bench = Bench(
         captured,

@@ -68,6 +68,15 @@ def config_of(method: str, configs: Configs, num_concepts: int) -> ExplainerConf
     return cls.Config(**values)
 
 
+def check_named(configs: Configs, without: Mapping[str, str], num_concepts: int) -> None:
+    """Raises :class:`UserError` for options or reasons of a method that does not exist, and for options that a method
+    does not have: before any work, not as a method that is left out."""
+    for method in without:
+        find_explainer(method)
+    for method in configs:
+        config_of(method, configs, num_concepts)
+
+
 def fit_all(
     methods: Sequence[str],
     store: Store,

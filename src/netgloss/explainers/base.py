@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from netgloss.errors import UserError, nearest
+from netgloss.errors import UserError, unknown
 from netgloss.trust import note_code
 
 
@@ -382,8 +382,7 @@ def find_explainer(method: str) -> type[Explainer]:
         return _from_file(method)
     names = explainer_names()
     if method not in names:
-        hint = nearest(method, names) or names
-        raise UserError(f"unknown method {method!r}; did you mean {', '.join(hint)}? (all: {', '.join(names)})")
+        raise unknown("method", method, names)
     module = importlib.import_module(f"netgloss.explainers.{method.replace('-', '_')}")
     return _only_class(module, method)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from netgloss.errors import UserError, nearest
+from netgloss.errors import UserError, unknown
 from netgloss.metrics.taxonomy import Taxonomy, read_data_noun, read_taxonomy, wordnet
 
 Matrix = NDArray[np.float64]
@@ -39,8 +39,7 @@ KERNELS: dict[str, Callable[[Matrix], Matrix]] = {
 def kernel_affinity(distances: Matrix, kernel: str = "gauss") -> Matrix:
     """A (C, C) from distances d (C, C)."""
     if kernel not in KERNELS:
-        hint = nearest(kernel, KERNELS) or KERNELS
-        raise UserError(f"unknown kernel {kernel!r}; did you mean {', '.join(hint)}? (all: {', '.join(KERNELS)})")
+        raise unknown("kernel", kernel, KERNELS)
     return KERNELS[kernel](np.asarray(distances, np.float64))
 
 
