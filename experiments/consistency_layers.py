@@ -102,8 +102,8 @@ def detection(
     result: LayerResult,
     a: Any,
 ) -> dict[str, float]:
-    """AUROC of a low s and of a low largest probability for adversarial images, at the last layer."""
-    x = data.pixels()
+    """AUROC of a low s and of a low largest probability for adversarial images, at the last layer; every other image."""
+    x, fake = data.pixels()[::2], fake[::2]
     tail = Tail(classifier, result.layer, example=pixels.normalise(x[:2]))
     meaning = torch.as_tensor(a) @ result.scores.classes[:, result.units.pole > 0]
     found = {}
@@ -114,7 +114,8 @@ def detection(
                 activation = taps(pixels.normalise(part))[result.layer]
                 logits = taps.logits
                 inside = logits[:, data.net_classes].argmax(1)
-                difference = prediction_difference(activation, tail)
+                affine = tail.is_affine(tuple(activation.shape[1:]))
+                difference = prediction_difference(activation, tail, affine=affine)
                 s = agreement_with_units(difference, meaning, torch.eye(len(meaning), dtype=torch.float64), inside)
                 parts.append(torch.stack([s, logits.softmax(1).amax(1).double()]))
         found[name] = torch.cat(parts, dim=1)
