@@ -102,7 +102,7 @@ def detection(
     result: LayerResult,
     a: Any,
 ) -> dict[str, float]:
-    """AUROC of a low s and of a low largest probability for adversarial images, at the last layer; every other image."""
+    """AUROC of a low s and of a low largest probability for V, at the last layer; every other image."""
     x, fake = data.pixels()[::2], fake[::2]
     tail = Tail(classifier, result.layer, example=pixels.normalise(x[:2]))
     meaning = torch.as_tensor(a) @ result.scores.classes[:, result.units.pole > 0]
