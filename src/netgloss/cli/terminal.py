@@ -39,13 +39,13 @@ def print_scores(run: Any) -> None:
 
     table = Table("metric", "value", "95 % interval", "baselines", box=None)
     for s in run.scores:
-        low, high = ("-" if v is None else f"{v:.3f}" for v in (s.low, s.high))
+        between = "" if s.low is None or s.high is None else f"{s.low:.3f} .. {s.high:.3f}"
         arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}[s.higher_is_better]
         beside = ", ".join(
             f"{name.replace('_', ' ')} {value:.3f}" for name, value in s.baselines.items() if value is not None
         )
         value = "-" if s.value is None else f"{s.value:.3f}"
-        table.add_row(*map(one_line, (s.metric + arrow, value, f"{low} .. {high}", beside)))
+        table.add_row(*map(one_line, (s.metric + arrow, value, between, beside)))
     out = console()
     out.print(table)
     for warning in run.manifest.get("warnings", []):
