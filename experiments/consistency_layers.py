@@ -41,6 +41,7 @@ NETS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "squeezenet1_0": ("squeezenet1_0.pth", ("features.5", "features.9", "features.12"), "classifier.1"),
 }
 SETS = {"imagenette": "imagenette/val", "animals": "animals"}
+MEANS = ("mean of the layers on R", "on V")
 ROWS = {
     "real": "consis_cal on R",
     "adversarial": "consis_cal on V",
@@ -147,11 +148,12 @@ def measure(net: str, probe: str, seed: int, options: argparse.Namespace) -> dic
     }
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float], *, least: float = -1.0) -> str:
+    """Mean and t interval, cut to what the number can be (all here lie in [least, 1])."""
     numbers = torch.tensor([v for v in values if v is not None and math.isfinite(v)], dtype=torch.float64)
     if not len(numbers):
         return "-"
-    low, high = interval(numbers) if len(numbers) > 1 else (math.nan, math.nan)
+    low, high = interval(numbers, bounds=(least, 1.0)) if len(numbers) > 1 else (math.nan, math.nan)
     return f"{float(numbers.mean()):.3f}" + (f" ({low:.3f} .. {high:.3f})" if math.isfinite(low) else "")
 
 
@@ -181,12 +183,14 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
                 "accuracy": [r["clean_accuracy"] for r in runs],
                 "under attack": [r["accuracy"] for r in runs],
                 "reached the target": [r["reached"] for r in runs],
-                "mean of the layers on R": [r["network"]["real"] for r in runs],
-                "on V": [r["network"]["adversarial"] for r in runs],
+                MEANS[0]: [r["network"]["real"] for r in runs],
+                MEANS[1]: [r["network"]["adversarial"] for r in runs],
                 "AUROC for V at the last layer (claim 6) of a low s": [r["auroc"]["s"] for r in runs],
                 "of a low confidence": [r["auroc"]["confidence"] for r in runs],
             }
-            shown = ", ".join(f"{name} {cell(values)}" for name, values in told.items())
+            shown = ", ".join(
+                f"{name} {cell(values, least=-1.0 if name in MEANS else 0.0)}" for name, values in told.items()
+            )
             lines.append(f"- {net}: {len(runs)} seeds of {runs[0]['num_images']} images; {shown}")
         names = " | ".join(f"{net} {layer}" for net, layer in columns)
         lines += ["", f"| | {names} |", "|---" * (len(columns) + 1) + "|"]
