@@ -4,10 +4,9 @@
     python experiments/cladec_photos.py --set cifar10 --work runs/cladec-cifar10
 
 Decoder of netgloss (general). Imagenette: 1,000 training and 300 test images (true ImageNet validation pictures),
-compact reference, 6 epochs of batch 32; planned: three seeds for features.13, one for features.4 and features.18.
-CIFAR-10: 1,600 training and 1,000 test images, reference = ResNet-20 up to the layer with fresh weights, 10 epochs of
-batch 128; planned: three seeds for layer3. The tables say what was run. Every job keeps its numbers and goes on where
-it stopped.
+compact reference, 6 epochs of batch 32. CIFAR-10: 1,600 training and 1,000 test images, reference = ResNet-20 up to the
+layer with fresh weights, 10 epochs of batch 128. Three seeds. The tables say what was run. Every job keeps its numbers
+and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ from netgloss.fitting import pixel_reader
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("NETGLOSS_DATA", "../shared"))
 PLAN = {
-    "imagenette": [("features.13", 0), ("features.4", 0), ("features.18", 0), ("features.13", 1), ("features.13", 2)],
-    "cifar10": [("layer3", 0), ("layer3", 1), ("layer3", 2)],
+    "imagenette": [(layer, seed) for seed in range(3) for layer in ("features.13", "features.4", "features.18")],
+    "cifar10": [("layer3", seed) for seed in range(3)],
 }
 
 
