@@ -127,7 +127,7 @@ def test_linear_toy(degrees: float, expected: float, parts: tuple) -> None:
 
     optimizer.step(closure)
     left = (images - decoder(code[:, None])).square().mean(0)
-    assert float(left.sum()) == pytest.approx(expected, rel=1e-6)
+    assert float(left.detach().sum()) == pytest.approx(expected, rel=1e-6)
     assert left.detach().tolist() == pytest.approx(list(parts), abs=1e-5)
 
 
