@@ -14,9 +14,8 @@ from typing import Any
 
 from netgloss import figures
 from netgloss.errors import UserError
-from netgloss.figures.style import number
 from netgloss.report import answers
-from netgloss.report.build import _hash, _template
+from netgloss.report.build import FILTERS, _hash, _template
 from netgloss.report.read import inside
 from netgloss.run import read_history, read_json
 
@@ -43,13 +42,7 @@ def build_adversarial_report(run_folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(
-        number=number,
-        pretty=answers.pretty,
-        percent=answers.percent,
-        plainly=answers.plainly,
-        model_name=answers.model_name,
-    )
+    templates.filters.update(FILTERS)
     style = _template("report.css") + _template("adversarial.css")
     try:
         page = (

@@ -29,6 +29,15 @@ from netgloss.report.read import RunFiles, read_run
 BUDGET = 14_400_000
 """Bytes that a report may have (the aim is under 15 MB)."""
 
+FILTERS = {
+    "number": number,
+    "pretty": answers.pretty,
+    "percent": answers.percent,
+    "plainly": answers.plainly,
+    "model_name": answers.model_name,
+}
+"""What the templates of all reports call."""
+
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -65,13 +74,7 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(
-        number=number,
-        pretty=answers.pretty,
-        percent=answers.percent,
-        plainly=answers.plainly,
-        model_name=answers.model_name,
-    )
+    templates.filters.update(FILTERS)
     templates.filters["marked"] = _marked
     style, script = _template("report.css"), _script(served)
     scores = [(s, answers.verdict(s), chart) for s, chart in zip(files.scores or [], charts, strict=True)]
