@@ -24,6 +24,7 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.metrics.base import check_same_shape
+from netgloss.metrics.importance import contributions
 
 
 def unchanged(activation: Tensor) -> Tensor:
@@ -63,12 +64,8 @@ def prediction_difference(
         if not 0 <= unit < concepts.shape[1]:
             raise UserError(f"units are 0 to {concepts.shape[1] - 1}, got {unit}")
     if affine:
-        with torch.enable_grad():
-            codes = concepts.detach().clone().requires_grad_(True)
-            value = tail(activation - rebuilt + decode(codes)).gather(1, classes[:, None]).sum()
-            (gradient,) = torch.autograd.grad(value, codes)
-        parts = concepts * gradient
-        return (parts.flatten(2).sum(dim=2) if parts.ndim == 4 else parts)[:, chosen]
+        kept = activation - rebuilt
+        return contributions(lambda z: kept + decode(z), tail, concepts, classes).values[:, chosen]
     differences = []
     for unit in chosen:
         without = concepts.clone()
