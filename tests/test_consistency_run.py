@@ -298,6 +298,9 @@ def test_affinity_sources(classifier: Classifier, tmp_path: Path) -> None:
             AffinityChoice(**choice).build(classifier, data)
     with pytest.raises(UserError, match="cannot be read"):
         AffinityChoice(wnids="nowhere.txt").build(classifier, data)
+    for shipped, number in (("cifar10", 10), ("imagenet1k", 1000)):
+        with pytest.raises(UserError, match=f"{shipped} has {number} WordNet ids, the images have 3 classes"):
+            AffinityChoice(wnids=shipped).build(classifier, data)
 
 
 def test_adaptive_attack_raises_the_agreement(classifier: Classifier) -> None:

@@ -14,9 +14,13 @@ import numpy as np
 from netgloss.adversarial.pixels import LabelledPixels
 from netgloss.errors import UserError
 from netgloss.metrics.affinity import class_affinity
+from netgloss.metrics.taxonomy import CLOSURE
 
 if TYPE_CHECKING:
     from netgloss.classifiers import Classifier
+
+SHIPPED = ("cifar10", "imagenet1k")
+"""Lists of WordNet ids that come with netgloss, in the order of the classes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class AffinityChoice:
     taxonomy: Path | None = None
     """Hierarchy of the class names (JSON or CSV)."""
     wnids: str | None = None
-    """WordNet 3.0 ids: a text file, one a line in the order of the classes or "name TAB wnid"; or cifar10."""
+    """WordNet 3.0 ids: a text file, one a line in the order of the classes or "name TAB wnid"; or cifar10
+    or imagenet1k (shipped)."""
     groups: Path | None = None
     """JSON of class name to coarse group."""
     data_noun: Path | None = None
@@ -63,9 +68,7 @@ class AffinityChoice:
 
 
 def _read_wnids(spec: str, class_names: Sequence[str]) -> list[str] | dict[str, str]:
-    path = Path(spec)
-    if spec in ("cifar10", "imagenet1k"):
-        path = Path(__file__).parent / "data" / f"wnids_{spec}.txt"
+    path = CLOSURE.with_name(f"wnids_{spec}.txt") if spec in SHIPPED else Path(spec)
     try:
         rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t") if row]
     except (OSError, UnicodeDecodeError) as error:
