@@ -257,7 +257,7 @@ def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classif
     assert choose_units(found[0], 3)[0] == int(whole.calibrated.nan_to_num(-1).argmax())
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "least-likely", "feature", "pgd-l2", "pgd"])
+@pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "least-likely", "ensemble", "feature", "pgd-l2", "pgd"])
 def test_every_attack_makes_eight_bit_images(attack: Any, classifier: Classifier) -> None:
     data = load_pixels(classifier, pictures(8))
     choice = AttackChoice(attack, eps=0.5 if attack == "pgd-l2" else 6, steps=3)
@@ -271,6 +271,46 @@ def test_every_attack_makes_eight_bit_images(attack: Any, classifier: Classifier
     if made.targets is not None:
         assert not (made.targets == data.probe_labels).any()
         assert torch.equal(data.net_classes[made.targets], made.found.targets)
+
+
+class Halves(Net):
+    """Tells classes by how much brighter a colour is on the left than on the right, to which the other net is blind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.relu(self.conv(x))
+        return self.head(maps[..., :4].mean((2, 3)) - maps[..., 4:].mean((2, 3)))
+
+
+def test_an_ensemble_brings_every_network_to_the_target(classifier: Classifier) -> None:
+    """The second network, which sees what the first is blind to, is fooled only if it is attacked too."""
+    data = load_pixels(classifier, pictures(8))
+    second = PixelClassifier.of(load_classifier(Halves()))
+    choice = AttackChoice("ensemble", eps=40, steps=10)
+
+    def losses(also: list[PixelClassifier]) -> Tensor:
+        made = attack_probe(PixelClassifier.of(classifier), data, choice, also=also)
+        assert made is not None
+        assert made.targets is not None
+        with torch.no_grad():
+            logits = second(made.found.images)
+        return torch.nn.functional.cross_entropy(logits, data.net_classes[made.targets])
+
+    assert losses([second]) < losses([]) - 0.1
+
+
+def test_networks_that_make_no_ensemble_are_refused(classifier: Classifier, tmp_path: Path) -> None:
+    other, critters = load_classifier(Halves()), load_classifier("critters")
+    for attack, also, message in (
+        ("pgd", [other], "by the ensemble attack, not by pgd"),
+        ("ensemble", [critters], "read the same images: 3 and 8 classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            consistency_run(
+                classifier, pictures(), ["relu"], out=tmp_path / "run", attack=AttackChoice(attack), also=also
+            )
+    with pytest.raises(UserError, match="cannot be untargeted"):
+        AttackChoice("ensemble", untargeted=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_affinity_sources(classifier: Classifier, tmp_path: Path) -> None:

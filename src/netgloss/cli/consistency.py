@@ -23,6 +23,8 @@ class Consistency:
     """Layers whose channels are scored (see netgloss layers)."""
     explainer: Path | None = None
     """Score the concepts of this run folder instead, at its layer."""
+    also: tuple[str, ...] = ()
+    """Further networks of --attack ensemble, MODEL or MODEL=CHECKPOINT, with the same classes and input."""
     device: Device = "auto"
 
     @staticmethod
@@ -35,16 +37,20 @@ class Consistency:
         return {"attack": AttackChoice, "affinity": AffinityChoice, "options": ConsistencyOptions}
 
     def run(self, **more: Any) -> None:
+        from netgloss.classifiers import load_classifier
         from netgloss.consistency.run import consistency_run
         from netgloss.data import open_images
         from netgloss.evaluation.run import pick_device
 
+        named = (name.partition("=") for name in self.also)
+        also = [load_classifier(name, checkpoint=checkpoint or None) for name, _, checkpoint in named]
         with Bars() as bars:
             run = consistency_run(
                 self.model.load(),
                 open_images(self.images),
                 self.layer,
                 out=self.out,
+                also=also,
                 explainer=self.explainer,
                 device=str(pick_device(self.device)),
                 command=command_line(),

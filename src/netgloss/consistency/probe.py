@@ -23,6 +23,7 @@ from netgloss.adversarial import (
     PixelClassifier,
     assign_targets,
     attack_in_batches,
+    ensemble,
     feature,
     fgsm,
     fgsm_rs,
@@ -31,6 +32,7 @@ from netgloss.adversarial import (
 )
 from netgloss.adversarial.pixels import LabelledPixels
 from netgloss.classifiers.taps import Taps
+from netgloss.errors import UserError
 from netgloss.metrics.consistency import Units, UnitScores, consistency, responses
 from netgloss.metrics.consistency_adversarial import Comparison, compare, compare_fooled, cosines_by_bin
 from netgloss.metrics.consistency_companions import kernel_agreement
@@ -40,7 +42,7 @@ from netgloss.progress import Progress, Silent
 if TYPE_CHECKING:
     from netgloss.training import Checkpoint
 
-AttackName = Literal["pgd", "pgd-l2", "fgsm", "fgsm-rs", "least-likely", "feature", "none"]
+AttackName = Literal["pgd", "pgd-l2", "fgsm", "fgsm-rs", "least-likely", "ensemble", "feature", "none"]
 Encode = Callable[[Tensor], Tensor]
 DIRECTIONS = 256
 """Random directions of the control, at most."""
@@ -53,11 +55,12 @@ class AttackChoice:
     """The adversarial images V of a consistency run."""
 
     attack: AttackName = "pgd"
-    """pgd, pgd-l2, fgsm, fgsm-rs, least-likely, feature, or none (real images only)."""
+    """pgd, pgd-l2, fgsm, fgsm-rs, least-likely, ensemble (of this network and those of --also, as in the paper),
+    feature, or none (real images only)."""
     eps: float = 8.0
     """Radius in 1/255 of the pixel range before normalisation; for pgd-l2 the L2 radius in pixels of [0, 1]."""
     steps: int = 20
-    """Steps of pgd and feature."""
+    """Steps of pgd, ensemble and feature."""
     restarts: int = 1
     """Starts of pgd."""
     untargeted: bool = False
@@ -65,6 +68,10 @@ class AttackChoice:
     craft_layer: str | None = None
     """Layer that attacks differentiate instead of the logits, where a ReLU ends the network (SqueezeNet:
     classifier.1)."""
+
+    def __post_init__(self) -> None:
+        if self.untargeted and self.attack == "ensemble":
+            raise UserError("the ensemble attack brings images to a target: it cannot be untargeted")
 
     @property
     def radius(self) -> float:
@@ -91,6 +98,7 @@ def attack_probe(
     data: LabelledPixels,
     choice: AttackChoice,
     *,
+    also: Sequence[PixelClassifier] = (),
     seed: int = 0,
     layer: str | None = None,
     batch_size: int = 32,
@@ -100,7 +108,8 @@ def attack_probe(
     """One adversarial image for each of R, against this network; None for the attack "none".
 
     Targets are classes of the probe set, pairs (true, target) as even as can be. ``layer`` is where the feature attack
-    works. With ``checkpoint`` an interrupted attack goes on after the last batch that was kept.
+    works; ``also`` are the further networks of an ensemble. With ``checkpoint`` an interrupted attack goes on after the
+    last batch that was kept.
     """
     if choice.attack == "none":
         return None
@@ -117,8 +126,10 @@ def attack_probe(
         "pgd-l2": (pgd, {"steps": choice.steps, "restarts": choice.restarts, "seed": seed, "norm": "l2"}),
         "least-likely": (least_likely, {"classes": data.net_classes.tolist(), "seed": seed}),
         "feature": (feature, {"layer": layer, "steps": choice.steps, "seed": seed}),
+        "ensemble": (ensemble, {"steps": choice.steps}),
     }
     attack, own = attacks[choice.attack]
+    attacked = [pixels, *also] if choice.attack == "ensemble" else pixels
     progress = progress or Silent()
     parts = _kept(checkpoint, device)
     done = sum(len(part.images) for part in parts)
@@ -129,7 +140,7 @@ def attack_probe(
         aligned = {"targets": common["targets"][place]} if "targets" in common else {}
         ids = [data.ids[i] for i in place]
         parts.append(
-            attack_in_batches(attack, pixels, x, y, ids=ids, **{**common, **own, **aligned}).rounded(pixels, x, y)
+            attack_in_batches(attack, attacked, x, y, ids=ids, **{**common, **own, **aligned}).rounded(pixels, x, y)
         )
         last = int(place[-1]) == len(data) - 1
         if checkpoint is not None and (last or time.monotonic() - saved > SAVE_SECONDS):

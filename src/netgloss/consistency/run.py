@@ -99,6 +99,7 @@ def consistency_run(
     *,
     out: str | Path,
     attack: AttackChoice | None = None,
+    also: Sequence[Classifier] = (),
     affinity: AffinityChoice | None = None,
     options: ConsistencyOptions | None = None,
     explainer: str | Path | None = None,
@@ -107,6 +108,10 @@ def consistency_run(
     progress: Progress | None = None,
 ) -> Run:
     """Scores the channels of ``layers``, or the concepts of a run folder's explainer at its layer.
+
+    Parameters
+    ----------
+    also : further networks that the ensemble attack brings to its target, with the same classes and input.
 
     Raises
     ------
@@ -126,6 +131,7 @@ def consistency_run(
         encoders[explained.layer], method = fitted.encode, explained.method
         decode = fitted.decode if fitted.target == "activation" else None
         linear = fitted.dictionary is not None
+    _check_ensemble(classifier, also, attack)
     if not layers:
         raise UserError("say which layer's units are to be scored (--layer), or pass a run folder (--explainer)")
     manifest = {
@@ -134,7 +140,7 @@ def consistency_run(
         "config": {
             "units": method,
             **dataclasses.asdict(options),
-            "attack": dataclasses.asdict(attack),
+            "attack": {**dataclasses.asdict(attack), **({"also": [c.spec() for c in also]} if also else {})},
             "affinity": {k: None if v is None else str(v) for k, v in dataclasses.asdict(affinity).items()},
         },
         "model": classifier.spec(),
@@ -154,6 +160,7 @@ def consistency_run(
     began = time.monotonic()
     classifier = classifier.to(device)
     pixels = PixelClassifier.of(classifier, craft_layer=attack.craft_layer)
+    others = [PixelClassifier.of(other.to(device)) for other in also]
     untrained = PixelClassifier.of(classifier.untrained(0)) if options.controls else None
     measured: list[dict[str, LayerResult]] = []
     for seed in run.seeds:
@@ -162,7 +169,9 @@ def consistency_run(
         top_set_size(data.probe_labels, k=options.k)  # too few images are told before minutes of attack
         affinities, provenance = affinity.build(classifier, data)
         kept = FileCheckpoint(run.path / f"attack-seed{seed}.checkpoint.safetensors")
-        made = attack_probe(pixels, data, attack, seed=seed, layer=layers[0], checkpoint=kept, progress=progress)
+        made = attack_probe(
+            pixels, data, attack, also=others, seed=seed, layer=layers[0], checkpoint=kept, progress=progress
+        )
         results, logits = measure_layers(
             pixels,
             data,
@@ -234,6 +243,18 @@ def consistency_run(
 
 
 # -- prediction differences -------------------------------------------------------------------------------------------
+
+
+def _check_ensemble(classifier: Classifier, also: Sequence[Classifier], attack: AttackChoice) -> None:
+    if also and attack.attack != "ensemble":
+        raise UserError(f"further networks are attacked by the ensemble attack, not by {attack.attack}")
+    for other in also:
+        for what, own, theirs in (
+            ("classes", classifier.num_classes, other.num_classes),
+            ("an input of", classifier.input_shape, other.input_shape),
+        ):
+            if own != theirs:
+                raise UserError(f"the networks of an ensemble read the same images: {own} and {theirs} {what}")
 
 
 def _differences(
