@@ -78,7 +78,8 @@ def processes() -> dict:
 
 def make_store(path: Path, num: int, shape: tuple[int, ...] = (256, 7, 7)):
     """A store of half-empty random maps, as after a ReLU."""
-    from netgloss.activations.store import Store, StoreInfo, StoreKey
+    from netgloss.activations.key import StoreInfo, StoreKey
+    from netgloss.activations.store import Store
 
     store = Store.create(
         path,
@@ -143,7 +144,7 @@ def reading() -> dict:
 
 def together() -> dict:
     """Four autoencoders of different sparsity over a store that does not fit the memory budget."""
-    from netgloss.explainers.base import find_explainer
+    from netgloss.explainers.names import find_explainer
     from netgloss.training import ActivationStream, build_explainer, fit, fit_together
 
     cls = find_explainer("topk-sae")

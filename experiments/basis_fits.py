@@ -51,7 +51,7 @@ def main() -> None:
 
     from netgloss.activations import Store
     from netgloss.classifiers import load_from_spec
-    from netgloss.explainers.base import find_explainer
+    from netgloss.explainers.names import find_explainer
     from netgloss.fitting import open_stream
     from netgloss.training import build_explainer, fit
 

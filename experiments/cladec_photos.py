@@ -39,8 +39,9 @@ from netgloss.classifiers import Classifier, Tail, Taps
 from netgloss.data import ArraySource, match_classes
 from netgloss.decoding.concepts import ConceptDecoder, Manifold, visibility
 from netgloss.decoding.reference import FreshEncoder
-from netgloss.explainers.base import find_explainer, to_rows
+from netgloss.explainers.base import to_rows
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
+from netgloss.explainers.names import find_explainer
 from netgloss.fitting import pixel_reader
 
 HERE = Path(__file__).parent

@@ -218,7 +218,7 @@ def _page(found, missing: list[str]) -> str:
 
 
 def _options(methods: list[dict]) -> str:
-    from netgloss.explainers.base import find_explainer
+    from netgloss.explainers.names import find_explainer
 
     told = []
     for m in methods:

@@ -154,7 +154,7 @@ class Judge:
 
     def other(self, method: str, options: dict[str, Any], seed: int) -> Any:
         """Another explainer of the project, fitted on the same images."""
-        from netgloss.explainers.base import find_explainer
+        from netgloss.explainers.names import find_explainer
         from netgloss.training import ActivationStream, build_explainer, fit
 
         cls = find_explainer(method)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from netgloss.data.planted import PlantedConfig, plant
 from netgloss.errors import UserError
-from netgloss.explainers.base import Batch, LayerSpec, find_explainer
+from netgloss.explainers.base import Batch, LayerSpec
+from netgloss.explainers.names import find_explainer
 from netgloss.metrics.recovery import recovery
 from netgloss.run import versions
 from netgloss.training import build_explainer, fit

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from netgloss.activations.store import Store, StoreInfo, StoreKey
+from netgloss.activations.key import StoreInfo, StoreKey
+from netgloss.activations.store import Store
 from netgloss.classifiers import Preprocessing
 from netgloss.data import ImageAnnotation, open_images
 from netgloss.errors import UserError

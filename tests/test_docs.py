@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from netgloss.cli import main
-from netgloss.explainers.base import explainer_names
+from netgloss.explainers.names import explainer_names
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.explainers._rows import LinearExplainer, RowsExplainer, feature_moments
-from netgloss.explainers.base import Explainer, LayerSpec, find_explainer, method_name, to_rows
+from netgloss.explainers.base import Explainer, LayerSpec, to_rows
+from netgloss.explainers.names import find_explainer, method_name
 from netgloss.explainers.nmf import nonnegative_codes
 
 DIRECT = ["pca", "ica", "nmf", "kmeans", "natural-axes", "random-directions"]

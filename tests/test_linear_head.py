@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers.base import LayerSpec, find_explainer
+from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.linear_head import LinearHead, LinearHeadConfig
+from netgloss.explainers.names import find_explainer
 from netgloss.explainers.nmf import NMF, NMFConfig
 from netgloss.explainers.pca import PCA, PCAConfig
 from netgloss.training import ActivationStream, build_explainer, fit

@@ -368,7 +368,7 @@ def test_a_method_is_defined_by_its_own_file() -> None:
 
 
 def test_every_method_and_baseline_has_its_definition() -> None:
-    from netgloss.explainers.base import explainer_names
+    from netgloss.explainers.names import explainer_names
 
     for name in explainer_names():
         text = method_text(name)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from netgloss.activations.store import Store, StoreInfo, StoreKey
+from netgloss.activations.key import StoreInfo, StoreKey
+from netgloss.activations.store import Store
 from netgloss.errors import UserError
 from netgloss.explainers._srae_modules import (
     contribution_table,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from netgloss.activations.store import Store, StoreInfo, StoreKey, estimate_bytes, stored_shape
+from netgloss.activations.key import StoreInfo, StoreKey, estimate_bytes, stored_shape
+from netgloss.activations.store import Store
 from netgloss.errors import UserError
 from netgloss.run import write_atomically
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from netgloss.activations.store import Store, StoreInfo, StoreKey
+from netgloss.activations.key import StoreInfo, StoreKey
+from netgloss.activations.store import Store
 from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, Explainer, LayerSpec, Rows, TrainingConfig
 from netgloss.training import ActivationStream, FitOptions, build_explainer, fit, fit_together

@@ -21,7 +21,8 @@ from netgloss.classifiers import imagenet_wnids, load_from_spec
 from netgloss.errors import UserError
 from netgloss.evaluation.measure import either_tail, tail_for
 from netgloss.evaluation.run import EvaluationOptions, evaluate_run, pick_device, split_store
-from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec, find_explainer, method_name
+from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
+from netgloss.explainers.names import find_explainer, method_name
 from netgloss.fitting import make_tail, open_stream, upper_layers
 from netgloss.gloss import GlossOptions, describe_image
 from netgloss.gloss.excitation import Heat, chosen_heat

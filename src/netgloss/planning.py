@@ -254,7 +254,8 @@ def _pace_of_decoding(classifier: Classifier) -> float:
 
 def _pace_of_store(activation: np.ndarray, logits: np.ndarray) -> tuple[float, float, float]:
     """Bytes/s written and read, and the compression."""
-    from netgloss.activations.store import Store, StoreInfo, StoreKey
+    from netgloss.activations.key import StoreInfo, StoreKey
+    from netgloss.activations.store import Store
 
     activation, logits = _varied(activation), _varied(logits)
     num = len(activation)
@@ -299,7 +300,8 @@ def _varied(values: np.ndarray, num: int = 256) -> np.ndarray:
 
 def _pace_of_fit(features: int, num_concepts: int, batch_rows: int) -> float:
     """Steps a second of a top-k autoencoder."""
-    from netgloss.explainers.base import Batch, LayerSpec, find_explainer
+    from netgloss.explainers.base import Batch, LayerSpec
+    from netgloss.explainers.names import find_explainer
 
     cls = find_explainer("topk-sae")
     explainer = cls(cls.Config(num_concepts=num_concepts), LayerSpec("layer", (features,)))

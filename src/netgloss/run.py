@@ -202,7 +202,7 @@ class Run:
         """Saves a fitted explainer with everything that is needed to build it again."""
         from safetensors.torch import save
 
-        from netgloss.explainers.base import method_name
+        from netgloss.explainers.names import method_name
 
         header = {
             "method": method_name(type(explainer)),
@@ -403,7 +403,8 @@ def load_explainer(path: str | Path, *, classifier: Classifier | None = None) ->
     classifier : for methods that hold a copy of a part of the network, the network; default: its structure is built by
         the name that the file remembers (no checkpoint is needed: the weights are in the file).
     """
-    from netgloss.explainers.base import LayerSpec, config_from_dict, find_explainer
+    from netgloss.explainers.base import LayerSpec
+    from netgloss.explainers.names import config_from_dict, find_explainer
 
     tensors, header = _read_safetensors(Path(path))
     check_code(header.get("method", ""), str(path))

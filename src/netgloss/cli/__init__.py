@@ -75,7 +75,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _run_with_method(verb: str, rest: list[str]) -> None:
-    from netgloss.explainers.base import explainer_names, find_explainer
+    from netgloss.explainers.names import explainer_names, find_explainer
 
     cls = VERBS[verb]
     if rest and not rest[0].startswith("-"):

@@ -34,7 +34,7 @@ from netgloss.comparison.result import Entry, score_entries
 from netgloss.comparison.sweep import Configs, check_named, config_of, fill, fit_all, method_list
 from netgloss.errors import UserError
 from netgloss.evaluation.run import split_store
-from netgloss.explainers.base import find_explainer
+from netgloss.explainers.names import find_explainer
 from netgloss.fitting import make_tail, upper_layers
 from netgloss.pipeline import open_sources, store_info
 from netgloss.progress import Progress, Silent

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from netgloss.comparison.judge import reason_of
 from netgloss.comparison.result import Entry
 from netgloss.errors import UserError
-from netgloss.explainers.base import ExplainerConfig, explainer_names, find_explainer
+from netgloss.explainers.base import ExplainerConfig
+from netgloss.explainers.names import explainer_names, find_explainer
 from netgloss.pipeline import fit_run
 from netgloss.progress import Progress
 from netgloss.run import Run

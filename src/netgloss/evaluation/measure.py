@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers.base import Explainer, find_explainer
+from netgloss.explainers.base import Explainer
+from netgloss.explainers.names import find_explainer
 from netgloss.memory import Halving
 from netgloss.metrics import (
     CodeCorrelation,
