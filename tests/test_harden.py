@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -353,6 +354,26 @@ def test_resume_is_bit_equal(classifier: Classifier, arm: str, after: int) -> No
     assert same(whole.net, again.net)
     assert whole.checks == again.checks
     assert whole.best_epoch == again.best_epoch
+
+
+@pytest.mark.filterwarnings("ignore:for .*no-op")
+def test_a_resumed_momentum_is_on_the_device_of_the_weights(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory(1)
+    with pytest.raises(Killed):
+        run(classifier, "clean", small(), options=FitOptions(checkpoint_seconds=-1, log_every=1), checkpoint=memory)
+    found: list[Any] = []
+
+    def kept(loop: Any, *unused: Any) -> None:
+        found.extend(entry["momentum_buffer"].device for entry in loop.optimizer.state.values())
+        raise Killed
+
+    monkeypatch.setattr("netgloss.adversarial.harden._train", kept)
+    elsewhere = SimpleNamespace(device=torch.device("meta"))
+    with pytest.raises(Killed):
+        run(classifier, "clean", small(), fabric=elsewhere, checkpoint=memory)
+    assert set(found) == {elsewhere.device}
 
 
 def test_seeds_differ_and_the_global_generator_is_left_alone(classifier: Classifier) -> None:

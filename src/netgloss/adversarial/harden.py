@@ -183,9 +183,10 @@ def harden(
     find_layer(classifier.net, layer)
     fit_index, held_index = split_training(data, config.holdout)
     start = classifier.untrained(seed) if config.from_scratch else classifier
-    net = copy.deepcopy(start.net).cpu().requires_grad_(True).to(memory_format=torch.channels_last)
-    pixels = PixelClassifier(net, classifier.preprocessing.mean, classifier.preprocessing.std, craft_layer=craft_layer)
     fabric = fabric or make_fabric("cpu")
+    # on the device before the optimiser, whose restored state goes where the weights are
+    net = copy.deepcopy(start.net).to(fabric.device).requires_grad_(True).to(memory_format=torch.channels_last)
+    pixels = PixelClassifier(net, classifier.preprocessing.mean, classifier.preprocessing.std, craft_layer=craft_layer)
     loop = _Loop(HardeningStep(pixels, layer, arm, config), config, seed, len(fit_index), chosen.crafting)
     saved = checkpoint.load() if checkpoint is not None else None
     if saved is not None:
