@@ -40,6 +40,7 @@ from netgloss.adversarial.robustness import (
     AttackPlan,
     autoattack_accuracies,
     masking_failures,
+    predictions,
     robust_accuracies,
     surviving,
 )
@@ -498,6 +499,14 @@ def test_surviving_spends_no_start_on_the_fallen(classifier: Classifier) -> None
     assert sizes[0] == right
     assert sizes[1] == math.ceil(right / 2)
     assert int(alive.sum()) == math.ceil(math.ceil(math.ceil(right / 2) / 2) / 2)
+
+
+def test_modes_come_back_after_a_failure() -> None:
+    pixels = PixelClassifier(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(5, 2)), (0.0,) * 3, (1.0,) * 3)
+    pixels.net[1].eval()
+    with pytest.raises(RuntimeError, match="shapes"):
+        predictions(pixels, torch.zeros(2, 3, 2, 2))
+    assert [part.training for part in pixels.net] == [True, False, True]
 
 
 def test_masking_is_told() -> None:

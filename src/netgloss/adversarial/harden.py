@@ -39,7 +39,7 @@ from netgloss.adversarial.arms import (
     needs_crafting,
 )
 from netgloss.adversarial.attacks import fgsm_rs, pgd
-from netgloss.adversarial.crafting import PixelClassifier
+from netgloss.adversarial.crafting import PixelClassifier, eval_mode
 from netgloss.adversarial.harden_config import HardenConfig
 from netgloss.adversarial.pixels import LabelledPixels
 from netgloss.classifiers.taps import Taps, find_layer
@@ -389,20 +389,16 @@ def check_epoch(
     rank."""
     right = {"clean": 0, "fgsm_rs": 0, "pgd": 0}
     features = []
-    modes = [(part, part.training) for part in pixels.modules()]
-    pixels.eval()
     for part in torch.arange(len(held)).split(64):
         x, y = held.pixels(part).to(device), held.labels[part].to(device)
         ids = [held.ids[i] for i in part.tolist()]
-        with Taps(pixels.net, layer, stop=False) as taps:
+        with eval_mode(pixels), Taps(pixels.net, layer, stop=False) as taps:
             features.append(taps(pixels.normalise(x))[layer].flatten(1).float().cpu())
             right["clean"] += int((taps.logits.argmax(1) == y).sum())
         eps = config.eps / 255
         right["fgsm_rs"] += int((~fgsm_rs(pixels, x, y, eps=eps, ids=ids).success).sum())
         found = pgd(pixels, x, y, eps=eps, steps=config.check_steps, restarts=1, ids=ids)
         right["pgd"] += int((~found.success).sum())
-    for module, training in modes:
-        module.training = training
     phi = torch.cat(features)
     accuracies = {name: count / len(held) for name, count in right.items()}
     return {**accuracies, "feature_norm": float(phi.norm(dim=1).mean()), "effective_rank": effective_rank(phi)}
