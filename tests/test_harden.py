@@ -598,6 +598,29 @@ def test_checkpoint_loads_like_any_other(
         harden_run(classifier, pictures(), pictures(), out=tmp_path / "other", **options)
 
 
+def test_a_judgement_is_not_taken_over_by_other_settings(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the judgement of the original and the first checkpoint of an arm."""
+    from netgloss.consistency.harden_run import HardenPlan, harden_run
+
+    def killed(*unused: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr("netgloss.consistency.harden_run._Job.train_arm", killed)
+    given: dict[str, Any] = {
+        "layer": "conv",
+        "out": tmp_path / "run",
+        "plan": HardenPlan(arms=("clean",), k=4, v_steps=1, attack_images=9),
+        "attacks": AttackPlan(attack_steps=1, restarts=1, long_steps=0, feature_steps=0),
+        "device": "cpu",
+    }
+    with pytest.raises(Killed):
+        harden_run(classifier, pictures(), pictures(8, seed=1), config=small(eps=8), **given)
+    with pytest.raises(UserError, match="another run"):
+        harden_run(classifier, pictures(), pictures(8, seed=1), config=small(eps=4), **given)
+
+
 # -- other libraries --------------------------------------------------------------------------------------------------
 
 
