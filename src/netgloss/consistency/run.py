@@ -117,14 +117,17 @@ def consistency_run(
     layers = list(dict.fromkeys(classifier.check_layer(name) for name in layers))
     encoders: dict[str, Encode] = {}
     method, decode, linear = "channels", None, True
+    identity: dict[str, str] = {}
     if explainer is not None:
         explained = Run(explainer)
         if layers not in ([], [explained.layer]):
             raise UserError(f"the explainer in {explainer} explains layer {explained.layer!r}, not {', '.join(layers)}")
         layers = [explained.layer]
-        fitted = load_explainer(explained.explainer_path(explained.seeds[0]))
+        file = explained.explainer_path(explained.seeds[0])
+        fitted = load_explainer(file, classifier=classifier).to(device)
         encoders[explained.layer], method = fitted.encode, explained.method
-        decode = fitted.decode if fitted.target == "activation" else None
+        identity["explainer"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        decode = fitted.decode if fitted.target == "activation" and fitted.reads != "pooled" else None
         linear = fitted.dictionary is not None
     if not layers:
         raise UserError("say which layer's units are to be scored (--layer), or pass a run folder (--explainer)")
@@ -133,6 +136,7 @@ def consistency_run(
         "method": "consistency",
         "config": {
             "units": method,
+            **identity,
             **dataclasses.asdict(options),
             "attack": dataclasses.asdict(attack),
             "affinity": {k: None if v is None else str(v) for k, v in dataclasses.asdict(affinity).items()},
@@ -267,7 +271,6 @@ def _differences(
 
     positive = result.units.pole > 0  # a signed unit is taken out as a whole
     meaning = torch.as_tensor(affinities["chosen"]) @ result.scores.classes[:, positive]
-    place = {int(c): i for i, c in enumerate(data.net_classes)}
     progress.start(f"differences {result.layer}", len(sets) * len(chosen), unit="images")
     affine = None
     for name, images in sets.items():
@@ -282,15 +285,12 @@ def _differences(
                 parts.append(pd.cpu())
                 progress.advance(len(batch))
         logits = torch.cat(logits_parts)
-        predicted = logits.argmax(1)
         inside = logits[:, data.net_classes].argmax(1)
         found[name] = {
             "pd": torch.cat(parts),
             "s": agreement_with_units(torch.cat(parts), meaning, torch.eye(len(meaning), dtype=torch.float64), inside),
             "confidence": logits.softmax(1).amax(1),
-            "predicted": predicted,
-            "inside": torch.tensor([int(p) in place for p in predicted]),
-            "right": predicted == data.labels[chosen],
+            "right": logits.argmax(1) == data.labels[chosen],
         }
     progress.finish()
     real = found["real"]
