@@ -169,9 +169,8 @@ def evaluate_run(
         ways = [e.partial() for e in explainers]
         for i, way in enumerate(ways):
             subjects |= {f"{name} {i}": partial_subject(rebuild) for name, rebuild in way.items()}
-        if explainers[0].target != "image":
-            subjects["shuffled_codes"] = shuffled_subject(explainers[0], layer, judged, seed=run.seeds[0])
-            subjects["mean_activation"] = mean_subject(mean)
+        subjects["shuffled_codes"] = shuffled_subject(explainers[0], layer, judged, seed=run.seeds[0])
+        subjects["mean_activation"] = mean_subject(mean)
         measured = measure(subjects, layer, judged, progress=progress, fabric=fabric)
         if fabric is not None:
             part(fabric)
@@ -181,7 +180,7 @@ def evaluate_run(
             name: [measured[f"{name} {i}"] for i in range(len(found))] for name, found in controls.items()
         }
         baselines |= {name: [measured[f"{name} {i}"] for i in range(len(ways))] for name in ways[0]}
-        baselines |= {name: [measured[name]] for name in ("shuffled_codes", "mean_activation") if name in measured}
+        baselines |= {name: [measured[name]] for name in ("shuffled_codes", "mean_activation")}
         if options.untrained_images and source is not None:
             untrained = _untrained_control(run, classifier, source, options.untrained_images, progress)
             if untrained is not None:
