@@ -15,7 +15,8 @@ from netgloss.classifiers import Preprocessing
 from netgloss.data import ImageAnnotation, open_images
 from netgloss.errors import UserError
 from netgloss.evaluation.dissect import MaskedLayer, dissect, mask_grid, significance, split_annotated
-from netgloss.explainers.base import LayerSpec
+from netgloss.evaluation.dissect_run import matched_rule
+from netgloss.explainers.base import LayerSpec, to_rows
 from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
 from netgloss.explainers.supervised_basis import SupervisedBasis, SupervisedBasisConfig
 
@@ -111,6 +112,7 @@ def test_planted_concepts_are_detected(layer: MaskedLayer) -> None:
 def test_supervised_rows_and_probe(layer: MaskedLayer) -> None:
     rows, labels, counted, image = layer.rows(layer.images)
     assert rows.shape == (39 * CELLS * CELLS, 4)
+    assert torch.equal(rows[:64], to_rows(torch.from_numpy(layer.store.read("map", layer.images[:1]))))  # as stored
     assert torch.equal(labels[:, 0], rows[:, 0] > 2.5)
     assert counted.all()
     assert image[CELLS * CELLS] == layer.images[1]
@@ -192,6 +194,17 @@ def test_constant_concepts_are_never_on(layer: MaskedLayer) -> None:
     for found in dissect(flat, (layer, label), (layer, score), ["rate:0.03", "shared:0.2"]).values():
         assert found.label_rate == found.scores()["on_rate"] == found.scores()["S1"] == 0
         assert found.detectors.labels.tolist() == [-1] * 4
+
+
+def test_controls_of_concepts_that_are_always_on(layer: MaskedLayer) -> None:
+    label, score = split_annotated(layer)
+    always = axes(layer)
+    with torch.no_grad():
+        always.bias.fill_(-100)
+    own = dissect(always, (layer, label), (layer, score), ["own"])["own"]
+    assert own.label_rate == 1
+    rule = matched_rule([own.label_rate])
+    assert dissect(axes(layer), (layer, label), (layer, score), [rule])[rule].label_rate == pytest.approx(1, abs=0.01)
 
 
 def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:

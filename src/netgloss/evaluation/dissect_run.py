@@ -8,7 +8,7 @@ fit.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ _MEANING = {
     "unique_detectors": f"distinct labels among the concepts with an IoU above {DETECTOR_IOU}",
 }
 _SHOWN = 12
+_LARGEST_RATE = 0.9999
 _SAME = 1e-3
 """Distance of two images' answers, in mean distances from the middle, below which they are the same image."""
 
@@ -116,7 +117,7 @@ def dissect_run(
             found.append(next(iter(by_rule.values())))
             at_published.append(by_rule[published])
             progress.advance()
-        rate = f"rate:{np.mean([one.label_rate for one in found]):.4g}"
+        rate = matched_rule([one.label_rate for one in found])
         beside: dict[str, list[Dissected]] = {}
         beside_published: dict[str, list[Dissected]] = {}
         for name, others in controls.items():
@@ -141,6 +142,11 @@ def dissect_run(
         write_atomically(run.path / "dissection.json", to_json(record))
         _write_proof(run, explainers[0], found[0], records, data, images, classifier, score_images)
     return scores
+
+
+def matched_rule(rates: Sequence[float]) -> str:
+    """The rule at which controls are on as often as the method, on average; always on is no rule, and just missed."""
+    return f"rate:{min(float(np.mean(rates)), _LARGEST_RATE):.4g}"
 
 
 def _refuse_fit_images(
