@@ -196,7 +196,7 @@ def consistency_run(
     rows = [
         row
         for layer in layers
-        for row in unit_rows(results[layer], data, affinities, affinity, provenance, method, differences.get(layer))
+        for row in unit_rows(results[layer], data, affinity, provenance, method, differences.get(layer))
     ]
     write_atomically(run.path / "units.csv", to_csv(rows))
     shown = {
@@ -206,9 +206,9 @@ def consistency_run(
         for layer in layers
     }
     traced = {
-        layer: trace(run, pixels, data, made, results[layer], found, options.shown_images)
+        layer: trace(run, data, made, results[layer], found)
         for layer, found in differences.items()
-        if layer not in encoders and made is not None
+        if layer not in encoders and made is not None and options.shown_images
     }
     result = {
         "affinity": {k: v for k, v in provenance.items() if k != "wnids"},
@@ -223,7 +223,7 @@ def consistency_run(
         "trace": traced,
     }
     write_atomically(run.path / "result.json", to_json(result))
-    run.write_scores([layer_score(layer, measured, len(data)) for layer in layers])
+    run.write_scores([layer_score(layer, measured) for layer in layers])
     data_record = {
         **run.manifest["data"],
         "unreadable": [{"id": i, "reason": r} for i, r in list(data.problems.items())[:200]],
