@@ -74,7 +74,8 @@ def show_concepts(
         images = np.sort(strongest[:, k])
         (batch,) = layer.batches(images, batch_size=len(images))
         told = visibility(seeing, batch.activation, [k], tail=batch.tail, manifold=manifold)
-        shown = batch.activation[:_DRAWN]
+        drawn = np.searchsorted(images, strongest[:_DRAWN, k])
+        shown = batch.activation[drawn]
         removed, alone = seeing.remove(shown, [k]).activation, seeing.alone(shown, [k]).activation
         mean = seeing.mean_activation.to(shown).expand_as(shown)
         files = {"removed": f"decoded-{k:04d}-removed.jpg", "alone": f"decoded-{k:04d}-alone.jpg"}
@@ -91,7 +92,7 @@ def show_concepts(
         }
         if k in important[:_STRIPS] and pictures is not None:
             changes = _logit_changes(batch.tail, batch.activation, seeing.remove(batch.activation, [k]).activation)
-            rows = _rows(seeing, decoder, pictures.read(images[:_DRAWN]), shown, k, manifold, changes)
+            rows = _rows(seeing, decoder, pictures.read(images[drawn]), shown, k, manifold, [changes[i] for i in drawn])
             name = content["concepts"][k]["name"]
             figure = concept_strip(
                 rows,
