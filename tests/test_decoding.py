@@ -330,6 +330,8 @@ def test_concepts_of_another_run_become_visible(tmp_path, monkeypatch: pytest.Mo
         assert told["low"] <= told["visibility"] <= told["high"]
         assert told["note"]
     run.write_report()
+    with pytest.raises(UserError, match="are not the images whose activations"):
+        show_concepts(run, decoder, store=store, source=open_images("critters:50,seed=9"), classifier=classifier)
     with pytest.raises(UserError, match="not a decoder"):
         show_concepts(run, run, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)
     decoder.manifest["layer"] = "block4"

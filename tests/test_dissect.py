@@ -213,6 +213,7 @@ def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     from netgloss.classifiers import load_classifier
     from netgloss.evaluation.dissect_run import dissect_run
     from netgloss.pipeline import fit_run, store_info
+    from netgloss.run import Run
 
     classifier, source = load_classifier("critters"), open_images("critters:30")
     capture(classifier, source, ["block5"], tmp_path / "s", info=store_info(classifier, source))
@@ -232,6 +233,10 @@ def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     assert sum(c["iou"] for c in record["concepts"]) == pytest.approx(s1.value, rel=1e-3)
     dissect_run(run, "critters:24,seed=5", store=store, source=source, classifier=classifier)
     assert len(run.scores) == len(scores)  # replaced, not doubled
+    other = Run(run.path)
+    other.manifest["store_address"] = "other"
+    with pytest.raises(UserError, match="is not the one that the run"):
+        dissect_run(other, "critters:24,seed=5", store=store, source=source, classifier=classifier)
     with pytest.raises(UserError, match=r"annotated score images are images of the fit"):
         dissect_run(run, "critters:30", store=store, source=source, classifier=classifier)
     with pytest.raises(UserError, match=r"\d+ of \d+ annotated score images are images of the fit"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from netgloss.decoding.concepts import ConceptDecoder, Manifold, Visibility, spatial_mean, visibility
 from netgloss.decoding.judge import Pictures, caption
 from netgloss.errors import UserError
-from netgloss.evaluation.measure import Layer
+from netgloss.evaluation.measure import Layer, check_origin
 from netgloss.evaluation.run import split_store
 from netgloss.explainers.cladec import ClaDec
 from netgloss.figures.decoded import ConceptPictures, concept_strip
@@ -51,11 +51,13 @@ def show_concepts(
 
     Raises
     ------
-    UserError : ``decoder_run`` is no decoder, or of another layer or network; or the run was not evaluated.
+    UserError : ``decoder_run`` is no decoder, or of another layer or network; the run was not evaluated; store, network
+        or images are not the run's.
     """
     progress = progress or Silent()
     decoder, explainer = decoder_run.explainer, run.explainer
     _check(run, decoder_run, decoder)
+    check_origin(store, run=run, classifier=classifier, source=source)
     assert isinstance(decoder, ClaDec)
     decoder, explainer = decoder.to(classifier.device), explainer.to(classifier.device)
     fit_images, heldout = split_store(store)

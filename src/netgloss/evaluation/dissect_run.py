@@ -19,7 +19,7 @@ from netgloss.activations import CaptureOptions, Store, capture
 from netgloss.errors import UserError
 from netgloss.evaluation.dissect import Dissected, MaskedLayer, dissect, significance, split_annotated
 from netgloss.evaluation.locate import landmarks_of, location_scores, peaks_of
-from netgloss.evaluation.measure import make_controls
+from netgloss.evaluation.measure import check_origin, make_controls
 from netgloss.evaluation.run import split_store
 from netgloss.metrics import Score, interval
 from netgloss.metrics.dissection import DETECTOR_IOU
@@ -86,11 +86,12 @@ def dissect_run(
 
     Raises
     ------
-    UserError : no annotations; a score image that the run was fitted on.
+    UserError : no annotations; a score image that the run was fitted on; a store or network that is not the run's.
     """
     progress = progress or Silent()
     if run.explainer.target == "image":
         raise UserError(f"{run.method} decodes the layer's units and has no concepts of its own: label natural-axes")
+    check_origin(store, run=run, classifier=classifier)
     images = open_annotated(annotations, source)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "store"
