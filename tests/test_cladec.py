@@ -193,6 +193,9 @@ def test_targets_of_the_class_term() -> None:
     assert float(class_error(logits, labels, wanted, "auto")) == pytest.approx((first + second) / 2)
     assert float(class_error(logits, labels, wanted, "prediction")) == pytest.approx((first + 2 + second) / 2)
     assert float(class_error(wanted, None, wanted, "kl")) == pytest.approx(0, abs=1e-7)
+    for kind in ("auto", "prediction", "kl"):
+        with pytest.raises(UserError, match="capture with logits"):
+            class_error(logits, labels, None, kind)
 
 
 # -- units -------------------------------------------------------------------------------------------------------------

@@ -56,17 +56,24 @@ def class_error(logits: Tensor, labels: Tensor | None, wanted: Tensor | None, ki
     wanted : (B, classes) the classifier's logits of the originals.
     kind : "auto" (the label, the prediction where there is none), "label" (unlabelled images do not count),
         "prediction" or "kl" (KL(C(X) || C(X_E))).
+
+    Raises
+    ------
+    UserError : the classifier's logits are needed and not there.
     """
-    if kind == "kl":
-        assert wanted is not None
-        return kl_div(logits.log_softmax(1), wanted.to(logits).log_softmax(1), log_target=True, reduction="batchmean")
     if kind == "label":
         assert labels is not None
         known = labels >= 0
         if not known.any():
             return logits.sum() * 0
         return cross_entropy(logits[known], labels[known])
-    assert wanted is not None
+    if wanted is None:
+        raise UserError(
+            f"class_target={kind!r} needs the classifier's logits, which this store does not hold: capture with logits "
+            "or take class_target='label'"
+        )
+    if kind == "kl":
+        return kl_div(logits.log_softmax(1), wanted.to(logits).log_softmax(1), log_target=True, reduction="batchmean")
     target = wanted.argmax(dim=1).to(logits.device)
     if kind == "auto" and labels is not None:
         target = target.where(labels < 0, labels)
