@@ -8,7 +8,7 @@ Crafting is in eval mode.
 A tenth of the training images, equally many of every class, is held out. After every epoch at most 512 of them are
 checked: clean accuracy, FGSM-RS and PGD-20. The weights of the best epoch, by the mean of clean and PGD accuracy, are
 kept. **Catastrophic overfitting** of the one-step arms (PGD accuracy more than 10 points below its best while FGSM-RS
-accuracy has not fallen) restores the best epoch and goes on with PGD-10.
+accuracy has not fallen) restores the best epoch and goes on with PGD, 10 steps by default.
 
 Resume is exact: step k draws its images and random numbers from (seed, k), so that a killed run that continues from its
 last checkpoint ends with the weights of the undisturbed one.
@@ -67,7 +67,7 @@ class Hardened:
     net : the network with the weights of the best epoch, on the CPU, in eval mode.
     checks : one record an epoch (epoch 0 is the start): clean, fgsm_rs and pgd accuracy, feature norm, effective rank.
     best_epoch : whose weights these are.
-    switched : epoch after which PGD-10 took over, or None.
+    switched : epoch after which PGD took over, or None.
     warnings : what to know before using it.
     """
 
@@ -293,7 +293,8 @@ class _Loop:
         found = []
         if self.switched is not None:
             found.append(
-                f"catastrophic overfitting after epoch {self.switched}: went back to the best epoch and on with PGD-10"
+                f"catastrophic overfitting after epoch {self.switched}: went back to the best epoch and on with "
+                f"PGD-{self.config.craft_steps}"
             )
         late = self.shares[len(self.shares) // 10 :]
         if late and not 0.05 <= (share := sum(late) / len(late)) <= 0.5:
