@@ -80,12 +80,13 @@ def class_error(logits: Tensor, labels: Tensor | None, wanted: Tensor | None, ki
     return cross_entropy(logits, target)
 
 
-def check_collapse(error: float, of_mean: float, spread: float, alpha: float, layer: str) -> None:
-    """Raises if the decoder ignores its code, or learned nothing that holds for other images.
+def check_collapse(error: float, of_mean: float, spread: float, layer: str, *, ended: bool) -> None:
+    """Raises if the decoder ignores its code, or (``ended``) learned nothing that holds for other images.
 
-    With alpha, R may rightly exceed that of the mean image.
+    R may rightly exceed that of the mean image with alpha, and before all steps without it: 100 steps lie in the
+    warm-up of a longer fit.
     """
-    if spread < _COLLAPSE_VARIANCE or (alpha == 0 and error >= _COLLAPSE_ERROR * of_mean):
+    if spread < _COLLAPSE_VARIANCE or (ended and error >= _COLLAPSE_ERROR * of_mean):
         what = "has collapsed" if spread < _COLLAPSE_VARIANCE else "learned nothing that holds for other images"
         raise UserError(
             f"the decoder of layer {layer!r} {what}: on held-out images R = {error:.4g} (the mean image has "
