@@ -389,6 +389,11 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
         pgd(network(), options.pop("x"), options.pop("y"), **options)
 
 
+def test_a_feature_attack_has_steps() -> None:
+    with pytest.raises(UserError, match="at least one step, got 0"):
+        feature(network(), images(), LABELS, layer="conv", eps=8 / 255, steps=0)
+
+
 def test_nan_is_told() -> None:
     classifier = network()
     with torch.no_grad():

@@ -193,6 +193,24 @@ def test_targets_of_the_class_term() -> None:
     assert float(class_error(logits, labels, wanted, "auto")) == pytest.approx((first + second) / 2)
     assert float(class_error(logits, labels, wanted, "prediction")) == pytest.approx((first + 2 + second) / 2)
     assert float(class_error(wanted, None, wanted, "kl")) == pytest.approx(0, abs=1e-7)
+    for kind in ("auto", "prediction", "kl"):
+        with pytest.raises(UserError, match="capture with logits"):
+            class_error(logits, labels, None, kind)
+
+
+def test_the_error_is_judged_when_the_steps_without_alpha_are_over() -> None:
+    """100 steps are the warm-up of a long fit, which has learned nothing yet."""
+    explainer = ClaDec(ClaDecConfig(reference="none"), SPEC)
+    batch = batch_of()
+    explainer.mean_image.copy_(batch.image.mean(0))
+    explainer._held = (batch.activation, batch.image, batch)
+    explainer._planned.copy_(torch.tensor([5000, 0, 0]))
+    found = explainer._judge(100, 0.0)
+    assert found["heldout_R"] > float(reconstruction_error(batch.image, explainer.mean_image[None]))
+    with pytest.raises(UserError, match="learned nothing that holds for other images"):
+        explainer._judge(5000, 0.0)
+    explainer._planned.copy_(torch.tensor([5000, 500, 0]))
+    explainer._judge(5500, 0.5)  # with alpha R may rise
 
 
 # -- units -------------------------------------------------------------------------------------------------------------

@@ -249,6 +249,18 @@ def test_fresh_reference_is_the_architecture_with_other_weights(classifier, sour
     assert any(not torch.equal(v, before[k]) for k, v in encoder.net.state_dict().items())
 
 
+def test_fresh_reference_has_no_dropout_of_any_kind():
+    shared = torch.nn.Dropout()
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), shared, torch.nn.FeatureAlphaDropout(), torch.nn.ReLU(), shared, torch.nn.Flatten(),
+        torch.nn.Linear(144, 2),
+    )  # fmt: skip
+    net.preprocessing_spec = {"size": [8, 8], "resize": None, "mean": [0.0] * 3, "std": [1.0] * 3}
+    encoder = FreshEncoder(load_classifier(net), "4", seed=0)
+    image = torch.rand(2, 3, 8, 8)
+    assert torch.equal(encoder(image), encoder(image))
+
+
 @pytest.mark.parametrize("layer", ["block5", "head"])
 def test_explain_and_show(classifier, tmp_path, layer):
     layers = {"block5": "block5", "head": [n for n, m in classifier.net.named_modules() if n][-1]}

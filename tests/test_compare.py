@@ -382,6 +382,8 @@ def test_faithfulness_joins_a_runs_scores(swept: tuple[Path, Comparison], capsys
     assert ours["c_gain_logit"] == first.score("pca", "c_gain_logit")["value"]  # type: ignore[index]
     again = [score.metric for score in netgloss.Run(path).scores]
     assert len(again) == len(set(again)) == len(scores)
+    with pytest.raises(UserError, match="are not the images whose activations"):
+        netgloss.faithfulness_run(netgloss.Run(path), source=netgloss.open_images("critters:9,seed=9"), options=LITTLE)
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -365,6 +365,14 @@ def test_top_sets_share_ties() -> None:
         top_sets(torch.tensor([[0.0, float("nan")], [1, 1]]), 1)
 
 
+def test_units_that_are_never_on_are_no_saturated_ones() -> None:
+    """Their images tie at 0, and no other pooling would part them."""
+    labels = balanced(10, 50)
+    found = consistency(torch.stack([torch.ones(500), torch.zeros(500)], dim=1), labels, cifar_affinity())
+    assert found.saturated.tolist() == [True, True]
+    assert found.summary()["num_saturated"] == 1
+
+
 def test_size_of_the_top_set() -> None:
     assert top_set_size(balanced(10, 1500)) == 150
     assert top_set_size(balanced(10, 70)) == 20

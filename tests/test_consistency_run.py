@@ -29,7 +29,11 @@ from netgloss.consistency.records import to_csv
 from netgloss.consistency.run import ConsistencyOptions, consistency_run
 from netgloss.data.sources import ArraySource, open_images
 from netgloss.errors import UserError
+from netgloss.explainers.base import LayerSpec
+from netgloss.explainers.srae import SRAE, SRAEConfig
 from netgloss.metrics.consistency import Units, consistency, responses
+from netgloss.run import Run
+from netgloss.training import build_explainer
 
 CLASSES = ["<script>alert(1)</script>", "=cmd", "c"]
 
@@ -231,6 +235,35 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     assert rows[0]["explainer"] == explained.method
     with pytest.raises(UserError, match="explains layer"):
         consistency_run(explained.classifier(), pictures(), ["block1"], out=tmp_path / "no", explainer=explained.path)
+
+
+def explained(path: Path, classifier: Classifier, seed: int) -> Path:
+    """A run folder with an explainer of pooled activations, never fitted."""
+    config = SRAEConfig(num_concepts=3, classes=("0", "1", "2"))
+    spec = LayerSpec("relu", (5,), nonnegative=True, num_classes=3)
+    run = Run.create(path, {"method": "srae", "config": {}, "model": classifier.spec(), "layer": "relu", "seeds": [0]})
+    explainer = build_explainer(SRAE, config, spec, seed=seed)
+    with torch.no_grad():
+        for values in filter(torch.is_floating_point, explainer.state_dict().values()):
+            values += seed
+    run.save_explainer(explainer, 0)
+    return path
+
+
+def test_pooled_concepts_and_which_explainer_it_was(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (explained(tmp_path / f"explained{seed}", classifier, seed) for seed in (0, 1))
+    moved: list[Any] = []
+    monkeypatch.setattr(SRAE, "to", lambda self, device: [self, moved.append(device)][0])
+    given: dict[str, Any] = {"out": tmp_path / "run", "attack": AttackChoice("none"), "options": SMALL}
+    run = consistency_run(classifier, pictures(), [], explainer=one, **given)
+    result = json.loads((run.path / "result.json").read_text())
+    assert "differences" not in result["layers"]["relu"]  # a mean over the grid rebuilds no map
+    assert moved == ["cpu"]
+    assert consistency_run(classifier, pictures(), [], explainer=one, **given).manifest["status"] == "complete"
+    with pytest.raises(UserError, match="another run"):
+        consistency_run(classifier, pictures(), [], explainer=other, **given)
 
 
 def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classifier) -> None:

@@ -301,10 +301,12 @@ def test_curves() -> None:
 # -- the whole way ----------------------------------------------------------------------------------------------------
 
 
-def test_concepts_of_another_run_become_visible(tmp_path) -> None:
+def test_concepts_of_another_run_become_visible(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     from netgloss.activations import Store
     from netgloss.classifiers import load_classifier
     from netgloss.data import open_images
+    from netgloss.decoding import visible
+    from netgloss.evaluation.run import split_store
 
     classifier, source = load_classifier("critters"), open_images("critters:50")
     common = {"seeds": 1, "device": "cpu", "store": tmp_path / "store"}
@@ -313,7 +315,14 @@ def test_concepts_of_another_run_become_visible(tmp_path) -> None:
         **common,
     )  # fmt: skip
     run = explain("pca", classifier, "block5", source, out=tmp_path / "pca", num_concepts=3, **common)
-    show_concepts(run, decoder, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)
+    store, drawn, rows = Store.open(tmp_path / "store"), {}, visible._rows
+    monkeypatch.setattr(visible, "_rows", lambda *given: rows(*given, *(drawn.update({given[4]: given[3]}) or ())))
+    show_concepts(run, decoder, store=store, source=source, classifier=classifier)
+    maps = torch.from_numpy(store.read("block5", split_store(store)[1])).float()
+    peaks = run.explainer.encode(maps).flatten(2).amax(2)
+    for k, shown in drawn.items():
+        assert torch.equal(shown, maps[peaks[:, k].argsort(descending=True)[:3]])  # the strongest, strongest first
+    assert sorted(drawn) == [0, 1, 2]
     for concept in run.concepts["concepts"]:
         told = concept["decoded"]
         assert (run.path / told["removed"]).stat().st_size > 500
@@ -321,6 +330,8 @@ def test_concepts_of_another_run_become_visible(tmp_path) -> None:
         assert told["low"] <= told["visibility"] <= told["high"]
         assert told["note"]
     run.write_report()
+    with pytest.raises(UserError, match="are not the images whose activations"):
+        show_concepts(run, decoder, store=store, source=open_images("critters:50,seed=9"), classifier=classifier)
     with pytest.raises(UserError, match="not a decoder"):
         show_concepts(run, run, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)
     decoder.manifest["layer"] = "block4"

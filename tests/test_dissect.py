@@ -16,7 +16,8 @@ from netgloss.classifiers import Preprocessing
 from netgloss.data import ImageAnnotation, open_images
 from netgloss.errors import UserError
 from netgloss.evaluation.dissect import MaskedLayer, dissect, mask_grid, significance, split_annotated
-from netgloss.explainers.base import LayerSpec
+from netgloss.evaluation.dissect_run import matched_rule
+from netgloss.explainers.base import LayerSpec, to_rows
 from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
 from netgloss.explainers.supervised_basis import SupervisedBasis, SupervisedBasisConfig
 
@@ -112,6 +113,7 @@ def test_planted_concepts_are_detected(layer: MaskedLayer) -> None:
 def test_supervised_rows_and_probe(layer: MaskedLayer) -> None:
     rows, labels, counted, image = layer.rows(layer.images)
     assert rows.shape == (39 * CELLS * CELLS, 4)
+    assert torch.equal(rows[:64], to_rows(torch.from_numpy(layer.store.read("map", layer.images[:1]))))  # as stored
     assert torch.equal(labels[:, 0], rows[:, 0] > 2.5)
     assert counted.all()
     assert image[CELLS * CELLS] == layer.images[1]
@@ -195,12 +197,24 @@ def test_constant_concepts_are_never_on(layer: MaskedLayer) -> None:
         assert found.detectors.labels.tolist() == [-1] * 4
 
 
+def test_controls_of_concepts_that_are_always_on(layer: MaskedLayer) -> None:
+    label, score = split_annotated(layer)
+    always = axes(layer)
+    with torch.no_grad():
+        always.bias.fill_(-100)
+    own = dissect(always, (layer, label), (layer, score), ["own"])["own"]
+    assert own.label_rate == 1
+    rule = matched_rule([own.label_rate])
+    assert dissect(axes(layer), (layer, label), (layer, score), [rule])[rule].label_rate == pytest.approx(1, abs=0.01)
+
+
 def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     """The whole way on the shipped network: scores beside controls at the same rate, one record a concept."""
     from netgloss.activations import Store, capture
     from netgloss.classifiers import load_classifier
     from netgloss.evaluation.dissect_run import dissect_run
     from netgloss.pipeline import fit_run, store_info
+    from netgloss.run import Run
 
     classifier, source = load_classifier("critters"), open_images("critters:30")
     capture(classifier, source, ["block5"], tmp_path / "s", info=store_info(classifier, source))
@@ -220,6 +234,10 @@ def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     assert sum(c["iou"] for c in record["concepts"]) == pytest.approx(s1.value, rel=1e-3)
     dissect_run(run, "critters:24,seed=5", store=store, source=source, classifier=classifier)
     assert len(run.scores) == len(scores)  # replaced, not doubled
+    other = Run(run.path)
+    other.manifest["store_address"] = "other"
+    with pytest.raises(UserError, match="is not the one that the run"):
+        dissect_run(other, "critters:24,seed=5", store=store, source=source, classifier=classifier)
     with pytest.raises(UserError, match=r"annotated score images are images of the fit"):
         dissect_run(run, "critters:30", store=store, source=source, classifier=classifier)
     with pytest.raises(UserError, match=r"\d+ of \d+ annotated score images are images of the fit"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from netgloss.adversarial.robustness import (
     AttackPlan,
     autoattack_accuracies,
     masking_failures,
+    predictions,
     robust_accuracies,
     surviving,
 )
@@ -355,6 +357,26 @@ def test_resume_is_bit_equal(classifier: Classifier, arm: str, after: int) -> No
     assert whole.best_epoch == again.best_epoch
 
 
+@pytest.mark.filterwarnings("ignore:for .*no-op")
+def test_a_resumed_momentum_is_on_the_device_of_the_weights(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory(1)
+    with pytest.raises(Killed):
+        run(classifier, "clean", small(), options=FitOptions(checkpoint_seconds=-1, log_every=1), checkpoint=memory)
+    found: list[Any] = []
+
+    def kept(loop: Any, *unused: Any) -> None:
+        found.extend(entry["momentum_buffer"].device for entry in loop.optimizer.state.values())
+        raise Killed
+
+    monkeypatch.setattr("netgloss.adversarial.harden._train", kept)
+    elsewhere = SimpleNamespace(device=torch.device("meta"))
+    with pytest.raises(Killed):
+        run(classifier, "clean", small(), fabric=elsewhere, checkpoint=memory)
+    assert set(found) == {elsewhere.device}
+
+
 def test_seeds_differ_and_the_global_generator_is_left_alone(classifier: Classifier) -> None:
     state = torch.get_rng_state()
     a, b, c = (run(classifier, "noise", small(), seed=s).net for s in (0, 0, 1))
@@ -378,7 +400,7 @@ def test_overfitting_is_noticed() -> None:
 
 
 def test_planted_history_switches_to_pgd(classifier: Classifier) -> None:
-    config = small()
+    config = small(craft_steps=3)
     for arm, switched in (("consistent", 2), ("pgd-at", None)):
         pixels = PixelClassifier(classifier.untrained(0).net.requires_grad_(True), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
         loop = _Loop(HardeningStep(pixels, "conv", arm, config), config, 0, 30, find_arm(arm).crafting)
@@ -396,7 +418,7 @@ def test_planted_history_switches_to_pgd(classifier: Classifier) -> None:
         assert loop.switched == switched
         assert loop.crafting == "pgd"
         assert torch.equal(loop.net.head.weight, best["head.weight"]) == (switched is not None)
-        assert any("catastrophic" in line for line in loop.warnings()) == (switched is not None)
+        assert any("on with PGD-3" in line for line in loop.warnings()) == (switched is not None)
 
 
 def test_share_of_the_feature_term_is_warned_about(classifier: Classifier) -> None:
@@ -477,6 +499,14 @@ def test_surviving_spends_no_start_on_the_fallen(classifier: Classifier) -> None
     assert sizes[0] == right
     assert sizes[1] == math.ceil(right / 2)
     assert int(alive.sum()) == math.ceil(math.ceil(math.ceil(right / 2) / 2) / 2)
+
+
+def test_modes_come_back_after_a_failure() -> None:
+    pixels = PixelClassifier(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(5, 2)), (0.0,) * 3, (1.0,) * 3)
+    pixels.net[1].eval()
+    with pytest.raises(RuntimeError, match="shapes"):
+        predictions(pixels, torch.zeros(2, 3, 2, 2))
+    assert [part.training for part in pixels.net] == [True, False, True]
 
 
 def test_masking_is_told() -> None:
@@ -566,6 +596,29 @@ def test_checkpoint_loads_like_any_other(
         harden_run(classifier, pictures(), pictures(8, seed=1), out=out, **{**options, "config": small(epochs=2)})
     with pytest.raises(UserError, match="judged on other images"):
         harden_run(classifier, pictures(), pictures(), out=tmp_path / "other", **options)
+
+
+def test_a_judgement_is_not_taken_over_by_other_settings(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the judgement of the original and the first checkpoint of an arm."""
+    from netgloss.consistency.harden_run import HardenPlan, harden_run
+
+    def killed(*unused: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr("netgloss.consistency.harden_run._Job.train_arm", killed)
+    given: dict[str, Any] = {
+        "layer": "conv",
+        "out": tmp_path / "run",
+        "plan": HardenPlan(arms=("clean",), k=4, v_steps=1, attack_images=9),
+        "attacks": AttackPlan(attack_steps=1, restarts=1, long_steps=0, feature_steps=0),
+        "device": "cpu",
+    }
+    with pytest.raises(Killed):
+        harden_run(classifier, pictures(), pictures(8, seed=1), config=small(eps=8), **given)
+    with pytest.raises(UserError, match="another run"):
+        harden_run(classifier, pictures(), pictures(8, seed=1), config=small(eps=4), **given)
 
 
 # -- other libraries --------------------------------------------------------------------------------------------------

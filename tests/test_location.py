@@ -129,7 +129,7 @@ def test_landmarks_of_keypoints_masks_and_boxes() -> None:
     assert _landmarks(annotation) == {"eye": (7.0, 1.0), "one": (7.0, 3.0), "box": (2.0, 1.0)}
 
 
-def test_landmarks_follow_the_preprocessing() -> None:
+def test_landmarks_follow_the_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
     critters = load_classifier("critters")
     source = open_images("critters:6")
     names, places, size = landmarks_of(source, np.arange(6), critters.preprocessing)
@@ -139,6 +139,13 @@ def test_landmarks_follow_the_preprocessing() -> None:
     for label, x, y in annotation.keypoints:
         assert places[3, names.index(label)].tolist() == pytest.approx([x, y])
     assert not set(names) & set(source.class_names)
+    told = source.annotation
+    monkeypatch.setattr(source, "annotation", lambda i: None if i < 3 else told(i))
+    _, fewer, size = landmarks_of(source, np.arange(6), critters.preprocessing)
+    assert size == (64, 64)
+    assert torch.equal(fewer[3:].isnan(), places[3:].isnan())
+    assert len(fewer) == 6  # an image without an annotation keeps its place
+    assert fewer[:3].isnan().all()
 
 
 def test_part_interpretability_counts_what_passes() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from netgloss.activations.store import Store
 from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, Explainer, LayerSpec, Rows, TrainingConfig
 from netgloss.training import ActivationStream, FitOptions, build_explainer, fit, fit_together
-from netgloss.training.fit import make_fabric
+from netgloss.training.fit import _Training, make_fabric
 
 SHAPE = (4, 3, 2)
 
@@ -206,6 +207,22 @@ def test_a_killed_fit_resumes_to_the_same_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
     other = fit(line(stream), stream, seed=6)
     assert not torch.equal(other.state_dict()["direction"], undisturbed.state_dict()["direction"])
+
+
+@pytest.mark.filterwarnings("ignore:for .*no-op")
+def test_a_resumed_optimiser_is_on_the_device_of_the_weights(tmp_path: Path) -> None:
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def setup(self, module: Any, optimizer: Any) -> Any:
+            return Mock(), optimizer
+
+    stream = ActivationStream(make_store(tmp_path / "s"), "map", np.arange(300))
+    checkpoint, options = MemoryCheckpoint(), FitOptions(checkpoint_seconds=0.0)
+    fit(line(stream, steps=20), stream, seed=5, checkpoint=checkpoint, options=options)
+    training = _Training(line(stream), stream, 5, cast(Any, Elsewhere()), checkpoint, options, None)
+    (state,) = training.optimizer.state.values()
+    assert state["exp_avg"].device == state["exp_avg_sq"].device == Elsewhere.device
 
 
 def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:

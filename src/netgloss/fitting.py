@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from netgloss.activations import Store, image_batches
 from netgloss.classifiers import Tail, imagenet_wnids, later_layers, section_of
 from netgloss.errors import UserError
-from netgloss.evaluation.measure import class_labels, tail_for
+from netgloss.evaluation.measure import check_origin, class_labels, tail_for
 from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.training import ActivationStream, Surroundings
 
@@ -81,8 +81,7 @@ def _add_masks(stream: ActivationStream, config: Any, classifier: Classifier, so
 
     if source is None:
         raise UserError(f"annotations belong to images: give those of {stream.store.path} again by --images")
-    if source.fingerprint != stream.store.key.data_fingerprint:
-        raise UserError(f"{source.description} are not the images whose activations {stream.store.path} holds")
+    check_origin(stream.store, source=source)
     if config.annotations != OWN_ANNOTATIONS:
         source = open_images(source, annotations=config.annotations)
     data = MaskedLayer(stream.store, stream.layer, source, classifier.preprocessing, labels=config.labels or None)
@@ -114,8 +113,7 @@ def _surroundings(
     if "image" in needs:
         if source is None:
             raise UserError(f"{cls.__name__} learns from the images of {store.path}: give them again by --images")
-        if source.fingerprint != store.key.data_fingerprint:
-            raise UserError(f"{source.description} are not the images whose activations {store.path} holds")
+        check_origin(store, source=source)
         size = cls.image_size(config, classifier.input_shape)
         image = (classifier.input_shape[0], *size)
         pixels = pixel_reader(classifier, source, size)

@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     from netgloss.metrics import Score
 
 FORMAT_VERSION = 1
-_MADE = ("explainer*.safetensors", "*.checkpoint.safetensors", "hardened-*.safetensors", "units.csv")
+_MADE = (
+    "explainer*.safetensors",
+    "*.checkpoint.safetensors",
+    "hardened-*.safetensors",
+    "judged-*.json",
+    "units.csv",
+)
 _IDENTITY = ("method", "config", "layer", "seeds", "store_address")
 
 

@@ -63,7 +63,7 @@ def adaptive_pgd(
         crafting(classifier, x, y, eps=eps, targets=targets, ids=ids) as pixels,
         Taps(classifier.net, layer, stop=False) as taps,
     ):
-        wanted_BU = meaning.to(pixels)[:, :].T[:, probe_targets].T
+        wanted_BU = meaning.to(pixels)[probe_targets]
 
         def loss(z: Tensor) -> Tensor:
             activation = taps(classifier.normalise(z))[layer]

@@ -234,6 +234,8 @@ def feature(
 
     ``step_size`` defaults to 2.5 eps / steps. The start is random, as the gradient at x itself is zero.
     """
+    if steps < 1:
+        raise UserError(f"the feature attack needs at least one step, got {steps}")
     with crafting(classifier, x, y, eps=eps, ids=ids) as pixels, Taps(classifier.net, layer) as taps:
 
         def features(z: Tensor) -> Tensor:

@@ -128,6 +128,18 @@ class AttackResult:
 
 
 @contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` is in eval mode; the mode of each of its parts comes back, after exceptions too."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
 def crafting(
     module: nn.Module,
     x: Tensor,
@@ -156,14 +168,13 @@ def crafting(
         raise UserError("a target must be another class than the true one")
     if not (0 <= eps < math.inf) or norm not in ("linf", "l2") or (norm == "linf" and eps > 1):
         raise UserError(f'eps is in pixels of [0, 1] (8/255, say; norm "linf" or "l2"), got {eps:g} for norm {norm!r}')
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        module.eval()
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            yield x.detach().clone().float()
-    finally:
-        for part, training in modes:
-            part.training = training
+    with (
+        eval_mode(module),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(x.device.type, enabled=False),
+    ):
+        yield x.detach().clone().float()
 
 
 def gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

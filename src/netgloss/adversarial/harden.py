@@ -8,7 +8,7 @@ Crafting is in eval mode.
 A tenth of the training images, equally many of every class, is held out. After every epoch at most 512 of them are
 checked: clean accuracy, FGSM-RS and PGD-20. The weights of the best epoch, by the mean of clean and PGD accuracy, are
 kept. **Catastrophic overfitting** of the one-step arms (PGD accuracy more than 10 points below its best while FGSM-RS
-accuracy has not fallen) restores the best epoch and goes on with PGD-10.
+accuracy has not fallen) restores the best epoch and goes on with PGD, 10 steps by default.
 
 Resume is exact: step k draws its images and random numbers from (seed, k), so that a killed run that continues from its
 last checkpoint ends with the weights of the undisturbed one.
@@ -39,7 +39,7 @@ from netgloss.adversarial.arms import (
     needs_crafting,
 )
 from netgloss.adversarial.attacks import fgsm_rs, pgd
-from netgloss.adversarial.crafting import PixelClassifier
+from netgloss.adversarial.crafting import PixelClassifier, eval_mode
 from netgloss.adversarial.harden_config import HardenConfig
 from netgloss.adversarial.pixels import LabelledPixels
 from netgloss.classifiers.taps import Taps, find_layer
@@ -67,7 +67,7 @@ class Hardened:
     net : the network with the weights of the best epoch, on the CPU, in eval mode.
     checks : one record an epoch (epoch 0 is the start): clean, fgsm_rs and pgd accuracy, feature norm, effective rank.
     best_epoch : whose weights these are.
-    switched : epoch after which PGD-10 took over, or None.
+    switched : epoch after which PGD took over, or None.
     warnings : what to know before using it.
     """
 
@@ -183,9 +183,10 @@ def harden(
     find_layer(classifier.net, layer)
     fit_index, held_index = split_training(data, config.holdout)
     start = classifier.untrained(seed) if config.from_scratch else classifier
-    net = copy.deepcopy(start.net).cpu().requires_grad_(True).to(memory_format=torch.channels_last)
-    pixels = PixelClassifier(net, classifier.preprocessing.mean, classifier.preprocessing.std, craft_layer=craft_layer)
     fabric = fabric or make_fabric("cpu")
+    # on the device before the optimiser, whose restored state goes where the weights are
+    net = copy.deepcopy(start.net).to(fabric.device).requires_grad_(True).to(memory_format=torch.channels_last)
+    pixels = PixelClassifier(net, classifier.preprocessing.mean, classifier.preprocessing.std, craft_layer=craft_layer)
     loop = _Loop(HardeningStep(pixels, layer, arm, config), config, seed, len(fit_index), chosen.crafting)
     saved = checkpoint.load() if checkpoint is not None else None
     if saved is not None:
@@ -292,7 +293,8 @@ class _Loop:
         found = []
         if self.switched is not None:
             found.append(
-                f"catastrophic overfitting after epoch {self.switched}: went back to the best epoch and on with PGD-10"
+                f"catastrophic overfitting after epoch {self.switched}: went back to the best epoch and on with "
+                f"PGD-{self.config.craft_steps}"
             )
         late = self.shares[len(self.shares) // 10 :]
         if late and not 0.05 <= (share := sum(late) / len(late)) <= 0.5:
@@ -388,20 +390,16 @@ def check_epoch(
     rank."""
     right = {"clean": 0, "fgsm_rs": 0, "pgd": 0}
     features = []
-    modes = [(part, part.training) for part in pixels.modules()]
-    pixels.eval()
     for part in torch.arange(len(held)).split(64):
         x, y = held.pixels(part).to(device), held.labels[part].to(device)
         ids = [held.ids[i] for i in part.tolist()]
-        with Taps(pixels.net, layer, stop=False) as taps:
+        with eval_mode(pixels), Taps(pixels.net, layer, stop=False) as taps:
             features.append(taps(pixels.normalise(x))[layer].flatten(1).float().cpu())
             right["clean"] += int((taps.logits.argmax(1) == y).sum())
         eps = config.eps / 255
         right["fgsm_rs"] += int((~fgsm_rs(pixels, x, y, eps=eps, ids=ids).success).sum())
         found = pgd(pixels, x, y, eps=eps, steps=config.check_steps, restarts=1, ids=ids)
         right["pgd"] += int((~found.success).sum())
-    for module, training in modes:
-        module.training = training
     phi = torch.cat(features)
     accuracies = {name: count / len(held) for name, count in right.items()}
     return {**accuracies, "feature_norm": float(phi.norm(dim=1).mean()), "effective_rank": effective_rank(phi)}

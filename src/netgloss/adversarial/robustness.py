@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from netgloss.adversarial.attacks import attack_in_batches, feature, fgsm_rs, least_likely, pgd
-from netgloss.adversarial.crafting import AttackResult, PixelClassifier, random_start
+from netgloss.adversarial.crafting import AttackResult, PixelClassifier, eval_mode, random_start
 from netgloss.errors import UserError
 from netgloss.progress import Progress, Silent
 
@@ -62,12 +62,8 @@ class AttackPlan:
 @torch.no_grad()
 def predictions(classifier: PixelClassifier, x: Tensor, *, batch_size: int = 64) -> Tensor:
     """Classes (N,) of pixels (N, channels, H, W) in eval mode; modes come back."""
-    modes = [(part, part.training) for part in classifier.modules()]
-    classifier.eval()
-    found = torch.cat([classifier(part).argmax(1) for part in x.split(batch_size)])
-    for module, training in modes:
-        module.training = training
-    return found
+    with eval_mode(classifier):
+        return torch.cat([classifier(part).argmax(1) for part in x.split(batch_size)])
 
 
 def surviving(
@@ -212,9 +208,7 @@ def autoattack_accuracies(
         raise UserError("AutoAttack needs the library pyautoattack: pip install 'netgloss[oracle]'") from None
     alive = predictions(classifier, x, batch_size=batch_size) == y
     found: dict[str, float] = {}
-    modes = [(part, part.training) for part in classifier.modules()]
-    classifier.eval()
-    try:
+    with eval_mode(classifier):
         for name in attacks:
             left = alive.nonzero().squeeze(1)
             if len(left):
@@ -228,9 +222,6 @@ def autoattack_accuracies(
                     raise UserError(f"{name} of pyautoattack left its ball of {eps:g}")
                 alive[left] = predictions(classifier, broken, batch_size=batch_size) == y[left]
             found[name] = float(alive.float().mean())
-    finally:
-        for module, training in modes:
-            module.training = training
     return {**found, "autoattack": float(alive.float().mean())}
 
 

@@ -33,6 +33,7 @@ from netgloss.comparison.report import Comparison
 from netgloss.comparison.result import Entry, score_entries
 from netgloss.comparison.sweep import Configs, check_named, config_of, fill, fit_all, method_list
 from netgloss.errors import UserError
+from netgloss.evaluation.measure import check_origin
 from netgloss.evaluation.run import split_store
 from netgloss.explainers.names import find_explainer
 from netgloss.fitting import make_tail, upper_layers
@@ -266,10 +267,7 @@ def _check_same(
                 f"{run.path} was fitted on other activations than {store.path} holds (another network, other images "
                 "or another dtype): only runs of one store can be compared; fit them on one (netgloss fit --store)"
             )
-    if classifier.weights_hash != store.key.weights_hash:
-        raise UserError(f"the classifier {classifier.name!r} is not the one whose activations {store.path} holds")
-    if source is not None and source.fingerprint != store.key.data_fingerprint:
-        raise UserError(f"{source.description} are not the images whose activations {store.path} holds")
+    check_origin(store, classifier=classifier, source=source)
     if store.is_subsampled(layer):
         raise UserError(f"layer {layer!r} was captured with --positions; a comparison needs whole maps")
 

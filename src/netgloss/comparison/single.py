@@ -11,6 +11,7 @@ from netgloss.comparison.measuring import measure_entries
 from netgloss.comparison.result import Entry, score_entries
 from netgloss.comparison.sweep import fill
 from netgloss.errors import UserError
+from netgloss.evaluation.measure import check_origin
 from netgloss.evaluation.run import split_store
 from netgloss.fitting import make_tail
 from netgloss.metrics import Score
@@ -46,6 +47,7 @@ def faithfulness_run(
     progress = progress or Silent()
     store = store or Store.open(run.store)
     classifier = classifier or run.classifier()
+    check_origin(store, run=run, classifier=classifier, source=source)
     entry = Entry(run.path.name, run.method)
     fill(entry, run)
     if entry.explainers[0].target != "activation":

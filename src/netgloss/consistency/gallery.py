@@ -121,15 +121,13 @@ def gallery(
 
 def trace(
     run: Run,
-    pixels: PixelClassifier,
     data: LabelledPixels,
     made: Adversarial,
     result: LayerResult,
     differences: dict[str, Any],
-    tops: int,
 ) -> dict[str, Any] | None:
     """The first image whose copy reached its target, with the ten units of largest prediction difference of each."""
-    if "adversarial" not in differences or not tops:
+    if "adversarial" not in differences:
         return None
     chosen = differences["chosen"]
     reached = made.found.success.cpu()[chosen] & differences["real"]["right"]

@@ -65,7 +65,7 @@ def arm_scores(
         values = {
             arm: torch.tensor([_number(read(r)) for r in found], dtype=torch.float64) for arm, found in table.items()
         }
-        low, high = interval(values[main], bounds=bounds) if len(values[main]) > 1 else (math.nan, math.nan)
+        low, high = interval(values[main], bounds=bounds)
         scores.append(
             Score(
                 metric=name,

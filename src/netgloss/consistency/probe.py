@@ -310,7 +310,10 @@ def measure_layers(
         chosen = [units.select(table) for table in both]
         options: dict[str, Any] = {"k": k, "seed": seed, "null_draws": null_draws}
         comparison, fooled = _compared(chosen, data, sources, affinities, adversarial, options)
-        scores = consistency(chosen[0], data.probe_labels, affinities["chosen"], **options)
+        if comparison is None:
+            scores = consistency(chosen[0], data.probe_labels, affinities["chosen"], **options)
+        else:
+            scores = comparison.real
         random: dict[str, Tensor] = {}
         if controls:
             turned_both = [directions[name][layer] for name in sets]

@@ -17,7 +17,7 @@ from netgloss.adversarial.pixels import LabelledPixels
 from netgloss.consistency.affinity import AffinityChoice
 from netgloss.consistency.probe import Adversarial, AttackChoice, LayerResult
 from netgloss.metrics.base import Score, interval
-from netgloss.metrics.consistency import DEFINITION, STATUS
+from netgloss.metrics.consistency import STATUS, consistency_score
 from netgloss.metrics.consistency_companions import best_subtree, consistency_by_depth, half_reliability
 from netgloss.metrics.taxonomy import read_data_noun, read_taxonomy, wordnet
 
@@ -25,7 +25,6 @@ from netgloss.metrics.taxonomy import read_data_noun, read_taxonomy, wordnet
 def unit_rows(
     result: LayerResult,
     data: LabelledPixels,
-    affinities: dict[str, np.ndarray],
     affinity: AffinityChoice,
     provenance: dict[str, Any],
     method: str,
@@ -163,30 +162,19 @@ def over_seeds(measured: Sequence[dict[str, LayerResult]]) -> dict[str, Any]:
             }
         found[layer] = {}
         for name, values in numbers.items():
-            low, high = interval(torch.tensor(values, dtype=torch.float64)) if len(values) > 1 else (math.nan, math.nan)
+            low, high = interval(torch.tensor(values, dtype=torch.float64))
             found[layer][name] = {"mean": sum(values) / len(values), "low": low, "high": high, "values": values}
     return found
 
 
-def layer_score(layer: str, measured: Sequence[dict[str, LayerResult]], n: int) -> Score:
-    values = torch.tensor([r[layer].scores.summary()["consis_cal"] for r in measured], dtype=torch.float64)
-    low, high = interval(values, bounds=(-math.inf, 1.0)) if len(values) > 1 else (math.nan, math.nan)
+def layer_score(layer: str, measured: Sequence[dict[str, LayerResult]]) -> Score:
     first = measured[0][layer].summary()
     baselines = {"random directions": first.get("random_real"), "untrained network": first["untrained"]}
     attacked = first["attack"]
     if attacked is not None:
         baselines["the same units on adversarial images"] = attacked["consis_cal_adversarial"]
-    return Score(
-        metric=f"consistency, {layer}",
-        value=float(values.mean()),
-        low=low,
-        high=high,
-        baselines=baselines,
-        n=n,
-        seeds=len(values),
-        higher_is_better=True,
-        definition=DEFINITION,
-    )
+    score = consistency_score([r[layer].scores for r in measured], baselines=baselines)
+    return dataclasses.replace(score, metric=f"consistency, {layer}")
 
 
 def run_warnings(result: dict[str, Any]) -> list[str]:

@@ -122,14 +122,17 @@ def consistency_run(
     layers = list(dict.fromkeys(classifier.check_layer(name) for name in layers))
     encoders: dict[str, Encode] = {}
     method, decode, linear = "channels", None, True
+    identity: dict[str, str] = {}
     if explainer is not None:
         explained = Run(explainer)
         if layers not in ([], [explained.layer]):
             raise UserError(f"the explainer in {explainer} explains layer {explained.layer!r}, not {', '.join(layers)}")
         layers = [explained.layer]
-        fitted = load_explainer(explained.explainer_path(explained.seeds[0]))
+        file = explained.explainer_path(explained.seeds[0])
+        fitted = load_explainer(file, classifier=classifier).to(device)
         encoders[explained.layer], method = fitted.encode, explained.method
-        decode = fitted.decode if fitted.target == "activation" else None
+        identity["explainer"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        decode = fitted.decode if fitted.target == "activation" and fitted.reads != "pooled" else None
         linear = fitted.dictionary is not None
     _check_ensemble(classifier, also, attack)
     if not layers:
@@ -139,6 +142,7 @@ def consistency_run(
         "method": "consistency",
         "config": {
             "units": method,
+            **identity,
             **dataclasses.asdict(options),
             "attack": {**dataclasses.asdict(attack), **({"also": [c.spec() for c in also]} if also else {})},
             "affinity": {k: None if v is None else str(v) for k, v in dataclasses.asdict(affinity).items()},
@@ -201,7 +205,7 @@ def consistency_run(
     rows = [
         row
         for layer in layers
-        for row in unit_rows(results[layer], data, affinities, affinity, provenance, method, differences.get(layer))
+        for row in unit_rows(results[layer], data, affinity, provenance, method, differences.get(layer))
     ]
     write_atomically(run.path / "units.csv", to_csv(rows))
     shown = {
@@ -211,9 +215,9 @@ def consistency_run(
         for layer in layers
     }
     traced = {
-        layer: trace(run, pixels, data, made, results[layer], found, options.shown_images)
+        layer: trace(run, data, made, results[layer], found)
         for layer, found in differences.items()
-        if layer not in encoders and made is not None
+        if layer not in encoders and made is not None and options.shown_images
     }
     result = {
         "affinity": {k: v for k, v in provenance.items() if k != "wnids"},
@@ -228,7 +232,7 @@ def consistency_run(
         "trace": traced,
     }
     write_atomically(run.path / "result.json", to_json(result))
-    run.write_scores([layer_score(layer, measured, len(data)) for layer in layers])
+    run.write_scores([layer_score(layer, measured) for layer in layers])
     data_record = {
         **run.manifest["data"],
         "unreadable": [{"id": i, "reason": r} for i, r in list(data.problems.items())[:200]],
@@ -288,7 +292,6 @@ def _differences(
 
     positive = result.units.pole > 0  # a signed unit is taken out as a whole
     meaning = torch.as_tensor(affinities["chosen"]) @ result.scores.classes[:, positive]
-    place = {int(c): i for i, c in enumerate(data.net_classes)}
     progress.start(f"differences {result.layer}", len(sets) * len(chosen), unit="images")
     affine = None
     for name, images in sets.items():
@@ -303,15 +306,12 @@ def _differences(
                 parts.append(pd.cpu())
                 progress.advance(len(batch))
         logits = torch.cat(logits_parts)
-        predicted = logits.argmax(1)
         inside = logits[:, data.net_classes].argmax(1)
         found[name] = {
             "pd": torch.cat(parts),
             "s": agreement_with_units(torch.cat(parts), meaning, torch.eye(len(meaning), dtype=torch.float64), inside),
             "confidence": logits.softmax(1).amax(1),
-            "predicted": predicted,
-            "inside": torch.tensor([int(p) in place for p in predicted]),
-            "right": predicted == data.labels[chosen],
+            "right": logits.argmax(1) == data.labels[chosen],
         }
     progress.finish()
     real = found["real"]

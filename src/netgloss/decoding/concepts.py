@@ -125,8 +125,8 @@ class ConceptDecoder:
 class Visibility:
     """By how much more a concept's removal changes the picture than random edits of the same size.
 
-    ``logit`` and ``logit_random`` are mean changes of the predicted class's logit when the classifier's own tail reads
-    the edited activation (NaN without a tail); ``random_effect`` is the mean |change| of the random edits.
+    ``logit`` is the mean change of the predicted class's logit when the classifier's own tail reads the edited
+    activation, ``logit_random`` the mean |change| of random edits (both NaN without a tail).
     """
 
     value: float

@@ -28,8 +28,8 @@ class FreshEncoder(nn.Module):
         super().__init__()
         fresh = classifier.untrained(seed)
         self.net = copy.deepcopy(fresh.net).requires_grad_(True)
-        for name, module in list(self.net.named_modules()):
-            if isinstance(module, nn.Dropout | nn.Dropout2d):
+        for name, module in list(self.net.named_modules(remove_duplicate=False)):
+            if isinstance(module, nn.modules.dropout._DropoutNd):
                 parent, _, child = name.rpartition(".")
                 setattr(self.net.get_submodule(parent), child, nn.Identity())
         self.layer = layer

@@ -15,7 +15,7 @@ from torch import Tensor
 from netgloss.decoding.concepts import ConceptDecoder, Manifold, Visibility, spatial_mean, visibility
 from netgloss.decoding.judge import Pictures, caption
 from netgloss.errors import UserError
-from netgloss.evaluation.measure import Layer
+from netgloss.evaluation.measure import Layer, check_origin
 from netgloss.evaluation.run import split_store
 from netgloss.explainers.cladec import ClaDec
 from netgloss.figures.decoded import ConceptPictures, concept_strip
@@ -51,11 +51,13 @@ def show_concepts(
 
     Raises
     ------
-    UserError : ``decoder_run`` is no decoder, or of another layer or network; or the run was not evaluated.
+    UserError : ``decoder_run`` is no decoder, or of another layer or network; the run was not evaluated; store, network
+        or images are not the run's.
     """
     progress = progress or Silent()
     decoder, explainer = decoder_run.explainer, run.explainer
     _check(run, decoder_run, decoder)
+    check_origin(store, run=run, classifier=classifier, source=source)
     assert isinstance(decoder, ClaDec)
     decoder, explainer = decoder.to(classifier.device), explainer.to(classifier.device)
     fit_images, heldout = split_store(store)
@@ -74,7 +76,8 @@ def show_concepts(
         images = np.sort(strongest[:, k])
         (batch,) = layer.batches(images, batch_size=len(images))
         told = visibility(seeing, batch.activation, [k], tail=batch.tail, manifold=manifold)
-        shown = batch.activation[:_DRAWN]
+        drawn = np.searchsorted(images, strongest[:_DRAWN, k])
+        shown = batch.activation[drawn]
         removed, alone = seeing.remove(shown, [k]).activation, seeing.alone(shown, [k]).activation
         mean = seeing.mean_activation.to(shown).expand_as(shown)
         files = {"removed": f"decoded-{k:04d}-removed.jpg", "alone": f"decoded-{k:04d}-alone.jpg"}
@@ -91,7 +94,7 @@ def show_concepts(
         }
         if k in important[:_STRIPS] and pictures is not None:
             changes = _logit_changes(batch.tail, batch.activation, seeing.remove(batch.activation, [k]).activation)
-            rows = _rows(seeing, decoder, pictures.read(images[:_DRAWN]), shown, k, manifold, changes)
+            rows = _rows(seeing, decoder, pictures.read(images[drawn]), shown, k, manifold, [changes[i] for i in drawn])
             name = content["concepts"][k]["name"]
             figure = concept_strip(
                 rows,

@@ -166,7 +166,7 @@ class MaskedLayer:
         for index, activation in self.batches(images):
             masks = self.masks(index)
             assert masks.annotated is not None
-            values.append(to_rows(activation).half())
+            values.append(to_rows(activation).to(getattr(torch, self.store.key.dtype)))
             labels.append(to_rows(masks.labels[:, :, ys][:, :, :, xs]))
             counted.append(masks.annotated[:, list(self.vocabulary.category)].repeat_interleave(h * w, 0))
         image = torch.from_numpy(images).repeat_interleave(h * w)

@@ -8,7 +8,7 @@ fit.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from netgloss.activations import CaptureOptions, Store, capture
 from netgloss.errors import UserError
 from netgloss.evaluation.dissect import Dissected, MaskedLayer, dissect, significance, split_annotated
 from netgloss.evaluation.locate import landmarks_of, location_scores, peaks_of
-from netgloss.evaluation.measure import make_controls
+from netgloss.evaluation.measure import check_origin, make_controls
 from netgloss.evaluation.run import split_store
 from netgloss.metrics import Score, interval
 from netgloss.metrics.dissection import DETECTOR_IOU
@@ -45,6 +45,7 @@ _MEANING = {
     "unique_detectors": f"distinct labels among the concepts with an IoU above {DETECTOR_IOU}",
 }
 _SHOWN = 12
+_LARGEST_RATE = 0.9999
 _SAME = 1e-3
 """Distance of two images' answers, in mean distances from the middle, below which they are the same image."""
 
@@ -85,11 +86,12 @@ def dissect_run(
 
     Raises
     ------
-    UserError : no annotations; a score image that the run was fitted on.
+    UserError : no annotations; a score image that the run was fitted on; a store or network that is not the run's.
     """
     progress = progress or Silent()
     if run.explainer.target == "image":
         raise UserError(f"{run.method} decodes the layer's units and has no concepts of its own: label natural-axes")
+    check_origin(store, run=run, classifier=classifier)
     images = open_annotated(annotations, source)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "store"
@@ -116,7 +118,7 @@ def dissect_run(
             found.append(next(iter(by_rule.values())))
             at_published.append(by_rule[published])
             progress.advance()
-        rate = f"rate:{np.mean([one.label_rate for one in found]):.4g}"
+        rate = matched_rule([one.label_rate for one in found])
         beside: dict[str, list[Dissected]] = {}
         beside_published: dict[str, list[Dissected]] = {}
         for name, others in controls.items():
@@ -141,6 +143,11 @@ def dissect_run(
         write_atomically(run.path / "dissection.json", to_json(record))
         _write_proof(run, explainers[0], found[0], records, data, images, classifier, score_images)
     return scores
+
+
+def matched_rule(rates: Sequence[float]) -> str:
+    """The rule at which controls are on as often as the method, on average; always on is no rule, and just missed."""
+    return f"rate:{min(float(np.mean(rates)), _LARGEST_RATE):.4g}"
 
 
 def _refuse_fit_images(

@@ -63,9 +63,10 @@ def landmarks_of(
     of that label. Labels that name the image's class (the box of the whole object) are none.
     """
     placed = [
-        place(a, preprocessing.geometry(*source.size(int(i)))) for i in images if (a := source.annotation(int(i)))
+        None if (a := source.annotation(int(i))) is None else place(a, preprocessing.geometry(*source.size(int(i))))
+        for i in images
     ]
-    found = [_landmarks(annotation) for annotation in placed]
+    found = [{} if annotation is None else _landmarks(annotation) for annotation in placed]
     skip = set(source.class_names)
     names = sorted({name for points in found for name in points} - skip)
     places = torch.full((len(found), len(names), 2), math.nan, dtype=torch.float64)
@@ -73,7 +74,7 @@ def landmarks_of(
         for k, name in enumerate(names):
             if name in points:
                 places[n, k] = torch.tensor(points[name], dtype=torch.float64)
-    size = placed[0].size if placed else (0, 0)
+    size = next((annotation.size for annotation in placed if annotation is not None), (0, 0))
     return names, places, (size[1], size[0])
 
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from netgloss.activations import Store
     from netgloss.classifiers import Classifier, Tail
     from netgloss.data import ImageSource
+    from netgloss.run import Run
 
 BATCH = 64
 _POOL = 256  # images whose codes stand in for "another image's"
@@ -124,6 +125,19 @@ class LayerBatch:
     labels: Tensor
     tail: Callable[[Any], Tensor]
     upper: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_origin(
+    store: Store, *, run: Run | None = None, classifier: Classifier | None = None, source: ImageSource | None = None
+) -> None:
+    """Raises a UserError if ``run`` was fitted on another store, or if the store's activations are those of another
+    network, or of other images."""
+    if run is not None and store.key.address != run.manifest.get("store_address"):
+        raise UserError(f"the store {store.path} is not the one that the run {run.path} was fitted on")
+    if classifier is not None and classifier.weights_hash != store.key.weights_hash:
+        raise UserError(f"the classifier {classifier.name!r} is not the one whose activations {store.path} holds")
+    if source is not None and source.fingerprint != store.key.data_fingerprint:
+        raise UserError(f"{source.description} are not the images whose activations {store.path} holds")
 
 
 def class_labels(store: Store, class_names: Sequence[str], wnids: Sequence[str] | None) -> np.ndarray:

@@ -17,6 +17,7 @@ from netgloss.activations import CaptureOptions, Store, capture
 from netgloss.errors import UserError
 from netgloss.evaluation.measure import (
     Layer,
+    check_origin,
     class_labels,
     dictionary_scores,
     explainer_subject,
@@ -104,8 +105,7 @@ def evaluate_run(
     options = options or EvaluationOptions()
     run.network = run.network or classifier
     store = store or Store.open(run.store)
-    if store.key.address != run.manifest.get("store_address"):
-        raise UserError(f"the store {store.path} is not the one that the run {run.path} was fitted on")
+    check_origin(store, run=run)
     store.require_complete()
     writes = fabric is None or fabric.is_global_zero
     if writes:
@@ -113,10 +113,7 @@ def evaluate_run(
     if store.is_subsampled(run.layer):
         raise UserError(f"layer {run.layer!r} was captured with --positions; evaluation needs whole maps")
     classifier = classifier or run.classifier()
-    if classifier.weights_hash != store.key.weights_hash:
-        raise UserError(f"the classifier {classifier.name!r} is not the one whose activations {store.path} holds")
-    if source is not None and source.fingerprint != store.key.data_fingerprint:
-        raise UserError(f"{source.description} are not the images whose activations {store.path} holds")
+    check_origin(store, classifier=classifier, source=source)
     if fabric is not None:
         classifier = classifier.to(fabric.device)
     elif device is not None:
@@ -169,9 +166,8 @@ def evaluate_run(
         ways = [e.partial() for e in explainers]
         for i, way in enumerate(ways):
             subjects |= {f"{name} {i}": partial_subject(rebuild) for name, rebuild in way.items()}
-        if explainers[0].target != "image":
-            subjects["shuffled_codes"] = shuffled_subject(explainers[0], layer, judged, seed=run.seeds[0])
-            subjects["mean_activation"] = mean_subject(mean)
+        subjects["shuffled_codes"] = shuffled_subject(explainers[0], layer, judged, seed=run.seeds[0])
+        subjects["mean_activation"] = mean_subject(mean)
         measured = measure(subjects, layer, judged, progress=progress, fabric=fabric)
         if fabric is not None:
             part(fabric)
@@ -181,7 +177,7 @@ def evaluate_run(
             name: [measured[f"{name} {i}"] for i in range(len(found))] for name, found in controls.items()
         }
         baselines |= {name: [measured[f"{name} {i}"] for i in range(len(ways))] for name in ways[0]}
-        baselines |= {name: [measured[name]] for name in ("shuffled_codes", "mean_activation") if name in measured}
+        baselines |= {name: [measured[name]] for name in ("shuffled_codes", "mean_activation")}
         if options.untrained_images and source is not None:
             untrained = _untrained_control(run, classifier, source, options.untrained_images, progress)
             if untrained is not None:

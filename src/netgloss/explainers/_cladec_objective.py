@@ -56,29 +56,37 @@ def class_error(logits: Tensor, labels: Tensor | None, wanted: Tensor | None, ki
     wanted : (B, classes) the classifier's logits of the originals.
     kind : "auto" (the label, the prediction where there is none), "label" (unlabelled images do not count),
         "prediction" or "kl" (KL(C(X) || C(X_E))).
+
+    Raises
+    ------
+    UserError : the classifier's logits are needed and not there.
     """
-    if kind == "kl":
-        assert wanted is not None
-        return kl_div(logits.log_softmax(1), wanted.to(logits).log_softmax(1), log_target=True, reduction="batchmean")
     if kind == "label":
         assert labels is not None
         known = labels >= 0
         if not known.any():
             return logits.sum() * 0
         return cross_entropy(logits[known], labels[known])
-    assert wanted is not None
+    if wanted is None:
+        raise UserError(
+            f"class_target={kind!r} needs the classifier's logits, which this store does not hold: capture with logits "
+            "or take class_target='label'"
+        )
+    if kind == "kl":
+        return kl_div(logits.log_softmax(1), wanted.to(logits).log_softmax(1), log_target=True, reduction="batchmean")
     target = wanted.argmax(dim=1).to(logits.device)
     if kind == "auto" and labels is not None:
         target = target.where(labels < 0, labels)
     return cross_entropy(logits, target)
 
 
-def check_collapse(error: float, of_mean: float, spread: float, alpha: float, layer: str) -> None:
-    """Raises if the decoder ignores its code, or learned nothing that holds for other images.
+def check_collapse(error: float, of_mean: float, spread: float, layer: str, *, ended: bool) -> None:
+    """Raises if the decoder ignores its code, or (``ended``) learned nothing that holds for other images.
 
-    With alpha, R may rightly exceed that of the mean image.
+    R may rightly exceed that of the mean image with alpha, and before all steps without it: 100 steps lie in the
+    warm-up of a longer fit.
     """
-    if spread < _COLLAPSE_VARIANCE or (alpha == 0 and error >= _COLLAPSE_ERROR * of_mean):
+    if spread < _COLLAPSE_VARIANCE or (ended and error >= _COLLAPSE_ERROR * of_mean):
         what = "has collapsed" if spread < _COLLAPSE_VARIANCE else "learned nothing that holds for other images"
         raise UserError(
             f"the decoder of layer {layer!r} {what}: on held-out images R = {error:.4g} (the mean image has "

@@ -376,9 +376,11 @@ class ClaDec(Explainer):
         self.train(training)
         found = {name: value / len(images) for name, value in sums.items()}
         spread = torch.cat(decoded).var(dim=0).sum() / images.var(dim=0).sum().clamp_min(_EPS)
-        enough = self.max_steps >= _COLLAPSE_STEP and done in (_COLLAPSE_STEP, self.max_steps)
+        planned = int(self._planned[0])
+        enough = self.max_steps >= _COLLAPSE_STEP and done in (_COLLAPSE_STEP, planned, self.max_steps)
         if self.check_collapse and enough:
-            check_collapse(found["R"], found["R_mean"], float(spread), alpha, self.spec.name)
+            ended = alpha == 0 and done >= planned
+            check_collapse(found["R"], found["R_mean"], float(spread), self.spec.name, ended=ended)
         self.kept.offer("decoder", self.decoder, (1 - alpha) * found["R"] + alpha * found["CE"])
         if self.reference_encoder is not None and self.reference_decoder is not None:
             for name in ("reference_encoder", "reference_decoder"):

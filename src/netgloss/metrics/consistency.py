@@ -253,7 +253,7 @@ class UnitScores:
             "expected": float(self.expected[self.live].mean()),
             "floor": self.floor,
             **{f"num_{name}": int((self.status == i).sum()) for i, name in enumerate(STATUS)},
-            "num_saturated": int(self.saturated.sum()),
+            "num_saturated": int(self.saturated[self.live].sum()),
             "num_consistent": int(self.consistent.sum()),
             "k": self.k,
             "num_images": self.num_images,

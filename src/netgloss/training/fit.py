@@ -225,6 +225,7 @@ class _Training:
         saved = checkpoint.load() if checkpoint is not None else None
         if saved is None:
             explainer.fit_rows(stream, seed=seed)
+        explainer.to(fabric.device)  # before the optimiser, whose restored state goes where the weights are
         optimizer = explainer.optimizer()
         self.start = 0
         if saved is not None:
