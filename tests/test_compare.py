@@ -372,8 +372,12 @@ def test_runs_of_other_layers_or_stores_are_refused(swept: tuple[Path, Compariso
 def test_faithfulness_joins_a_runs_scores(swept: tuple[Path, Comparison], capsys: pytest.CaptureFixture[str]) -> None:
     out, first = swept
     path = out / "runs" / "pca"
-    main(["evaluate", str(path), "--faithfulness", "--untrained-images", "0"])
+    command = ["evaluate", str(path), "--faithfulness"]
+    main([*command, "--images", "critters:60", "--untrained-images", "8"])
     assert "c_gain_logit" in capsys.readouterr().out
+    main(command)  # what the images gave stays
+    assert "untrained_network" in {score.metric: score for score in netgloss.Run(path).scores}["r2"].baselines
+    assert not netgloss.Run(path).manifest["warnings"]
     scores = {score.metric: score for score in netgloss.Run(path).scores}
     assert {"r2", "c_carried_logit", "surrogate_departure", "agreement_contribution_sobol"} <= set(scores)
     assert {"random_directions", "natural_axes", "random_ranking"} <= set(scores["c_deletion_logit"].baselines)
