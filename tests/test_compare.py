@@ -420,6 +420,10 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     ]
     assert "METHOD.FIELD=VALUE" in fails(capsys, *critters, "--set", "steps")
     assert "NAME=PATH" in fails(capsys, *critters, "--dictionary", "file.npz")
+    assert "nmf cannot take max_iter='many'" in fails(capsys, *critters, "--set", "nmf.max_iter=many")
+    assert "max_images must be at least 1, got 0" in fails(capsys, *critters, "--max-images", "0")
+    assert "network_images must not be negative, got -1" in fails(capsys, *critters, "--network-images", "-1")
+    assert "on_rate must lie between 0 and 1, got 2" in fails(capsys, *critters, "--on-rate", "2")
     assert "has no option nope" in fails(capsys, *critters, "--set", "nmf.nope=3")
     assert "unknown method 'topksae'; did you mean topk-sae" in fails(capsys, *critters, "--set", "topksae.steps=3")
     assert "unknown method 'xyz'; choose basis" in fails(capsys, *critters, "--without", "xyz")

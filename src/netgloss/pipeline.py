@@ -327,6 +327,8 @@ def show(
     from netgloss.classifiers import Taps
     from netgloss.data import ImageSource, open_images
 
+    if top < 1:
+        raise UserError(f"top must be at least 1, got {top}")
     source = images if isinstance(images, ImageSource) else open_images(images)
     classifier = run.classifier().to(pick_device(device))
     explainer = run.explainer.to(classifier.device)
