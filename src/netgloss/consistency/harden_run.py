@@ -28,7 +28,7 @@ from torch import Tensor
 
 from netgloss.adversarial import PixelClassifier, attack_in_batches, pgd
 from netgloss.adversarial.arms import ARMS, find_arm
-from netgloss.adversarial.harden import DivergedError, HardenConfig, Hardened, harden, settings
+from netgloss.adversarial.harden import DivergedError, HardenConfig, Hardened, harden, settings, split_training
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
 from netgloss.adversarial.robustness import AttackPlan, masking_failures, robust_accuracies
 from netgloss.classifiers import Classifier, load_classifier
@@ -179,6 +179,7 @@ class _Job:
         self.probe = probe.stratified(plan.probe_images)
         self.attacked = probe.stratified(plan.attack_images)
         top_set_size(self.probe.probe_labels, k=plan.k)  # too few images are told before anything is trained
+        split_training(train, config.holdout)
         self.affinities, self.provenance = affinity.build(classifier, self.probe)
         self._transfer: Tensor | None = None
         self._before: tuple[LayerResult, float] | None = None
