@@ -124,7 +124,8 @@ def consistency_run(
         layers = [explained.layer]
         fitted = load_explainer(explained.explainer_path(explained.seeds[0]))
         encoders[explained.layer], method = fitted.encode, explained.method
-        decode = fitted.decode if fitted.target == "activation" else None
+        rebuilds = fitted.target == "activation" and fitted.reads != "pooled"  # from a mean over the grid, no map
+        decode = fitted.decode if rebuilds else None
         linear = fitted.dictionary is not None
     if not layers:
         raise UserError("say which layer's units are to be scored (--layer), or pass a run folder (--explainer)")
