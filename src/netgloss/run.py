@@ -185,9 +185,11 @@ class Run:
 
     @property
     def store(self) -> str:
-        """Where the activations are, or were."""
+        """Where the activations are, or were; those inside the folder are found wherever it was moved."""
         self._check_kind()
-        return str(self._entry("store", str))
+        told, inside = str(self._entry("store", str)), self.path / "activations.zarr"
+        moved = Path(told).name == inside.name and not os.path.exists(told) and inside.is_dir()
+        return str(inside) if moved else told
 
     def _check_kind(self) -> None:
         verb = self.manifest.get("method")
