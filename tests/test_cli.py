@@ -98,6 +98,7 @@ def test_the_steps_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             "1",
         ]
     )
+    assert "after fit, netgloss evaluate" in fails(capsys, "report", run)
     main(["evaluate", str(run), "--images", "critters:40", "--untrained-images", "0"])
     assert "agreement" in capsys.readouterr().out
     assert "max_images must be at least 1, got 0" in fails(capsys, "evaluate", run, "--max-images", "0")

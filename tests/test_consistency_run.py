@@ -30,6 +30,7 @@ from netgloss.consistency.run import ConsistencyOptions, consistency_run
 from netgloss.data.sources import ArraySource, open_images
 from netgloss.errors import UserError
 from netgloss.metrics.consistency import Units, consistency, responses
+from netgloss.run import Run
 
 CLASSES = ["<script>alert(1)</script>", "=cmd", "c"]
 
@@ -374,6 +375,8 @@ def test_mistakes(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 20"):
         consistency_run(classifier, pictures(5), ["relu"], out=tmp_path / "b", attack=AttackChoice("none"))
     assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="is not finished"):
+        Run(tmp_path / "b").write_report()
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
