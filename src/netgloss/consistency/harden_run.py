@@ -67,7 +67,7 @@ class HardenPlan:
     attack_images: int | None = 500
     """Attack this many of the judging images for the accuracies."""
     k: int | None = None
-    """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class."""
+    """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class (of 20 images or more)."""
     craft_layer: str | None = None
     """Layer that attacks differentiate instead of the logits (SqueezeNet: classifier.1)."""
     v_steps: int = 20

@@ -71,7 +71,7 @@ class ConsistencyOptions:
     max_images: int | None = None
     """Probe with this many images, equally many of every class; default all, cut to the smallest class."""
     k: int | None = None
-    """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class."""
+    """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class (of 20 images or more)."""
     pooling: Literal["max", "mean"] = "max"
     """A unit's response to an image: maximum or mean of its map."""
     controls: bool = True
