@@ -56,6 +56,7 @@ def test_the_store_holds_what_the_network_computes(tmp_path: Path) -> None:
     np.testing.assert_allclose(store.read("head", slice(0, 300)), net(batch).detach().numpy(), rtol=1e-4, atol=1e-5)
     assert not store.is_nonnegative("conv")
     store.require_complete()
+    assert store.info.model == classifier.spec()
 
 
 def test_the_batch_size_does_not_matter(tmp_path: Path) -> None:

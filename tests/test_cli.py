@@ -98,8 +98,12 @@ def test_the_steps_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             "1",
         ]
     )
+    assert "after fit, netgloss evaluate" in fails(capsys, "report", run)
     main(["evaluate", str(run), "--images", "critters:40", "--untrained-images", "0"])
     assert "agreement" in capsys.readouterr().out
+    assert "max_images must be at least 1, got 0" in fails(capsys, "evaluate", run, "--max-images", "0")
+    assert "untrained_images must not be negative" in fails(capsys, "evaluate", run, "--untrained-images", "-1")
+    assert "top must be at least 1" in fails(capsys, "show", run, "critters:1", "--out", tmp_path / "s", "--top", "0")
     main(["report", str(run)])
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     netgloss.open_images("critters:1,seed=4").image(0).save(tmp_path / "new.png")

@@ -372,8 +372,12 @@ def test_runs_of_other_layers_or_stores_are_refused(swept: tuple[Path, Compariso
 def test_faithfulness_joins_a_runs_scores(swept: tuple[Path, Comparison], capsys: pytest.CaptureFixture[str]) -> None:
     out, first = swept
     path = out / "runs" / "pca"
-    main(["evaluate", str(path), "--faithfulness", "--untrained-images", "0"])
+    command = ["evaluate", str(path), "--faithfulness"]
+    main([*command, "--images", "critters:60", "--untrained-images", "8"])
     assert "c_gain_logit" in capsys.readouterr().out
+    main(command)  # what the images gave stays
+    assert "untrained_network" in {score.metric: score for score in netgloss.Run(path).scores}["r2"].baselines
+    assert not netgloss.Run(path).manifest["warnings"]
     scores = {score.metric: score for score in netgloss.Run(path).scores}
     assert {"r2", "c_carried_logit", "surrogate_departure", "agreement_contribution_sobol"} <= set(scores)
     assert {"random_directions", "natural_axes", "random_ranking"} <= set(scores["c_deletion_logit"].baselines)
@@ -418,6 +422,10 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     ]
     assert "METHOD.FIELD=VALUE" in fails(capsys, *critters, "--set", "steps")
     assert "NAME=PATH" in fails(capsys, *critters, "--dictionary", "file.npz")
+    assert "nmf cannot take max_iter='many'" in fails(capsys, *critters, "--set", "nmf.max_iter=many")
+    assert "max_images must be at least 1, got 0" in fails(capsys, *critters, "--max-images", "0")
+    assert "network_images must not be negative, got -1" in fails(capsys, *critters, "--network-images", "-1")
+    assert "on_rate must lie between 0 and 1, got 2" in fails(capsys, *critters, "--on-rate", "2")
     assert "has no option nope" in fails(capsys, *critters, "--set", "nmf.nope=3")
     assert "unknown method 'topksae'; did you mean topk-sae" in fails(capsys, *critters, "--set", "topksae.steps=3")
     assert "unknown method 'xyz'; choose basis" in fails(capsys, *critters, "--without", "xyz")

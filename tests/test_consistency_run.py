@@ -218,7 +218,8 @@ def kill_after_the_attack(
 
 
 def test_concepts_of_an_explainer(tmp_path: Path) -> None:
-    from netgloss.pipeline import demo
+    from netgloss.activations import capture
+    from netgloss.pipeline import demo, fit_run
 
     explained = demo(tmp_path / "demo", num_images=60)
     run = consistency_run(
@@ -233,6 +234,18 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO((run.path / "units.csv").read_text())))
     assert len({r["unit"] for r in rows}) == explained.explainer.num_concepts
     assert rows[0]["explainer"] == explained.method
+    store = capture(explained.classifier(), open_images("critters:60"), ["block5"], tmp_path / "store")
+    pooled = fit_run("linear-head", store, "block5", tmp_path / "head", seeds=1)
+    run = consistency_run(
+        explained.classifier(),
+        open_images("critters:200"),
+        [],
+        out=tmp_path / "pooled",
+        explainer=pooled.path,
+        attack=AttackChoice("none"),
+        options=ConsistencyOptions(null_draws=0, difference_images=4, shown_units=1, shown_images=1, k=10),
+    )
+    assert run.manifest["status"] == "complete"
     with pytest.raises(UserError, match="explains layer"):
         consistency_run(explained.classifier(), pictures(), ["block1"], out=tmp_path / "no", explainer=explained.path)
 
@@ -434,6 +447,8 @@ def test_mistakes(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 20"):
         consistency_run(classifier, pictures(5), ["relu"], out=tmp_path / "b", attack=AttackChoice("none"))
     assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="is not finished"):
+        Run(tmp_path / "b").write_report()
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -594,6 +594,15 @@ def test_checkpoint_loads_like_any_other(
     assert (out / "hardened-clean-seed0.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="another run"):
         harden_run(classifier, pictures(), pictures(8, seed=1), out=out, **{**options, "config": small(epochs=2)})
+    monkeypatch.setattr("netgloss.consistency.harden_run._Job.judge", pytest.fail)  # minutes, for nothing
+    with pytest.raises(UserError, match="has 1 training image"):
+        harden_run(
+            classifier, pictures(1), pictures(8, seed=1), out=tmp_path / "few", **{**options, "plan": HardenPlan(k=4)}
+        )
+    with pytest.raises(UserError, match="is a run of netgloss harden and holds no explainer"):
+        found.explainer  # noqa: B018
+    with pytest.raises(UserError, match="is a run of netgloss harden and holds no explainer"):
+        found.store  # noqa: B018
     with pytest.raises(UserError, match="judged on other images"):
         harden_run(classifier, pictures(), pictures(), out=tmp_path / "other", **options)
 
@@ -624,7 +633,7 @@ def test_a_judgement_is_not_taken_over_by_other_settings(
 # -- other libraries --------------------------------------------------------------------------------------------------
 
 
-def test_autoattack_or_one_line(classifier: Classifier) -> None:
+def test_autoattack_or_one_line(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     """APGD of pyautoattack agrees with our PGD on a small net; without the library one line says what is missing."""
     pixels = PixelClassifier.of(classifier)
     data = load_pixels(classifier, pictures())
@@ -634,6 +643,9 @@ def test_autoattack_or_one_line(classifier: Classifier) -> None:
     except ImportError:
         with pytest.raises(UserError, match=r"netgloss\[oracle\]"):
             autoattack_accuracies(pixels, x, y, eps=0.1)
+        monkeypatch.setattr("netgloss.adversarial.robustness.surviving", pytest.fail)  # minutes, for nothing
+        with pytest.raises(UserError, match=r"netgloss\[oracle\]"):
+            robust_accuracies(pixels, x, y, eps=0.1, plan=AttackPlan(autoattack=True))
         return
     theirs = autoattack_accuracies(pixels, x, y, eps=0.02, attacks=("apgd-ce",), steps=20, restarts=1)
     plan = AttackPlan(restarts=1, long_steps=0, feature_steps=0)

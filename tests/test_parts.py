@@ -331,6 +331,8 @@ def test_galleries_and_shares(run: Run, tmp_path: Path) -> None:
     assert sum(numbers["shares"].values()) == pytest.approx(1.0)
     with pytest.raises(UserError, match="are not the images of the run"):
         write_galleries(run, open_sources("critters:49"), tmp_path)
+    with pytest.raises(UserError, match="filters and columns must be at least 1, got 0 and 10"):
+        write_galleries(run, source, tmp_path, filters=0)
     store = Store.open(run.manifest["store"])
     explainer = start(ordinary=False)
     assert way_shares(explainer, store, "block4", store.valid) == {}

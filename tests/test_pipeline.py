@@ -74,6 +74,14 @@ def test_scores_have_exactly_the_promised_fields(nmf_run: Run) -> None:
     assert set(scores["stability"].baselines) == {"random_dictionary", "shuffled_dictionary"}
 
 
+def test_the_store_in_a_run_folder_moves_with_it(nmf_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "activations.zarr").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({**nmf_run.manifest, "store": "gone/activations.zarr"}))
+    assert Run(tmp_path).store == str(tmp_path / "activations.zarr")
+    (tmp_path / "run.json").write_text(json.dumps({**nmf_run.manifest, "store": "gone/other.zarr"}))
+    assert Run(tmp_path).store == "gone/other.zarr"
+
+
 def test_the_saved_explainer_works_without_its_folder(nmf_run: Run, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere.safetensors"
     copy.write_bytes((nmf_run.path / "explainer.safetensors").read_bytes())

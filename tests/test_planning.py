@@ -63,7 +63,7 @@ def test_times_and_sizes_are_told_in_fitting_units() -> None:
 
 
 def test_the_command_measures_and_says_that_no_gpu_was(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "--model", "critters", "--layer", "block5", "--num-images", "1000", "--num-concepts", "16",
+    main(["plan", "--model", "critters", "--layer", "block5", "--num-images", "1000", "--num-concepts", "8",
           "--batch-size", "64"])  # fmt: skip
     said = capsys.readouterr().out
     for part in ("GFLOP an image", "1,000 images", "8 nodes of 8 GPUs", "nothing was measured on a GPU", "limited by"):

@@ -349,6 +349,7 @@ def test_timm_mistakes_are_one_line(pets: Path) -> None:
         (f"timm:torch/nothing,root={pets}", "timm cannot open .*Unknown torchvision dataset nothing"),
         (f"timm:torch/cifar10,root={pets}", "timm cannot open .*not found or corrupted"),
         (f"timm:folder,root={pets}x", "no such file or folder: .*petsx; near it: pets"),
+        ("timm:torch/cifar10", "say where the images lie, timm:torch/cifar10,root=FOLDER"),
         ("timm:folder", "say where the images lie, timm:folder,root=FOLDER"),
         (f"timm:folder,{pets}", "expected key=value"),
     ):

@@ -553,6 +553,9 @@ def test_from_classifier_to_report_and_new_image(tmp_path: Path) -> None:
     for heat in ("excitation", "igos"):
         drawn = netgloss.show(run, "critters:1", out=tmp_path / heat, heat=heat, top=1)
         assert [path.suffix for path in drawn] == [".png", ".json"]
+    other = next(i for i, name in enumerate(netgloss.open_images("critters:8").targets.tolist()) if name not in (0, 5))
+    _, record = netgloss.show(run, netgloss.open_images("critters:8").subset([other]), out=tmp_path / "o", heat="igos")
+    assert record.exists()
 
 
 @pytest.mark.parametrize(("network", "layer"), [("alexnet", "classifier.2"), ("vgg11", "classifier.1")])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from netgloss.activations import CaptureOptions, Store, StoreInfo, capture, image_batches, prepare_store
+from netgloss.activations.capture import origin
 from netgloss.activations.places import place_of
 from netgloss.classifiers import imagenet_wnids, load_from_spec
 from netgloss.errors import UserError
@@ -39,16 +40,8 @@ if TYPE_CHECKING:
 
 
 def store_info(classifier: Classifier, source: ImageSource) -> StoreInfo:
-    """What a store remembers of its origin."""
-    from netgloss.data import Joined
-
-    given = {"num_fit": source.num_fit} if isinstance(source, Joined) else {}
-    return StoreInfo(
-        model=classifier.spec(),
-        images={"description": source.description, "notes": list(source.notes), **given},
-        class_names=tuple(source.class_names),
-        created_with=versions(),
-    )
+    """What a store remembers of its origin, and with which versions it was made."""
+    return dataclasses.replace(origin(classifier, source), created_with=versions())
 
 
 def open_sources(images: ImageSource | str | Path, eval_images: ImageSource | str | Path | None = None) -> ImageSource:
@@ -328,6 +321,8 @@ def show(
     from netgloss.classifiers import Taps
     from netgloss.data import ImageSource, open_images
 
+    if top < 1:
+        raise UserError(f"top must be at least 1, got {top}")
     source = images if isinstance(images, ImageSource) else open_images(images)
     classifier = run.classifier().to(pick_device(device))
     explainer = run.explainer.to(classifier.device)

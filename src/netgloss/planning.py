@@ -304,7 +304,8 @@ def _pace_of_fit(features: int, num_concepts: int, batch_rows: int) -> float:
     from netgloss.explainers.names import find_explainer
 
     cls = find_explainer("topk-sae")
-    explainer = cls(cls.Config(num_concepts=num_concepts), LayerSpec("layer", (features,)))
+    config = cls.Config(num_concepts=num_concepts, top_k=min(16, num_concepts))  # type: ignore[call-arg]
+    explainer = cls(config, LayerSpec("layer", (features,)))
     torch.nn.init.normal_(explainer.encoder)  # type: ignore[arg-type]
     torch.nn.init.normal_(explainer.decoder)  # type: ignore[arg-type]
     optimizer = explainer.optimizer()

@@ -191,8 +191,18 @@ class Run:
 
     @property
     def store(self) -> str:
-        """Where the activations are, or were."""
-        return str(self._entry("store", str))
+        """Where the activations are, or were; those inside the folder are found wherever it was moved."""
+        self._check_kind()
+        told, inside = str(self._entry("store", str)), self.path / "activations.zarr"
+        moved = Path(told).name == inside.name and not os.path.exists(told) and inside.is_dir()
+        return str(inside) if moved else told
+
+    def _check_kind(self) -> None:
+        verb = self.manifest.get("method")
+        if verb in ("consistency", "harden"):
+            raise UserError(
+                f"{self.path} is a run of netgloss {verb} and holds no explainer: name a run of explain or fit"
+            )
 
     def _entry(self, name: str, kind: type) -> Any:
         value = self.manifest.get(name)
@@ -202,6 +212,7 @@ class Run:
 
     def explainer_path(self, seed: int) -> Path:
         """File of one seed's explainer."""
+        self._check_kind()
         return self.path / ("explainer.safetensors" if seed == self.seeds[0] else f"explainer-seed{seed}.safetensors")
 
     def save_explainer(self, explainer: Explainer, seed: int) -> None:

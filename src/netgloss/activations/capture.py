@@ -85,6 +85,18 @@ def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str]
     )
 
 
+def origin(classifier: Classifier, source: ImageSource) -> StoreInfo:
+    """What a store remembers of the network and the images."""
+    from netgloss.data import Joined
+
+    given = {"num_fit": source.num_fit} if isinstance(source, Joined) else {}
+    return StoreInfo(
+        model=classifier.spec(),
+        images={"description": source.description, "notes": list(source.notes), **given},
+        class_names=tuple(source.class_names),
+    )
+
+
 def prepare_store(
     classifier: Classifier,
     source: ImageSource,
@@ -127,7 +139,7 @@ def prepare_store(
     return Store.create(
         out,
         key=key,
-        info=info or StoreInfo(class_names=tuple(source.class_names)),
+        info=info or origin(classifier, source),
         shapes=shapes,
         ids=source.ids,
         targets=source.targets,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from netgloss.adversarial.crafting import AttackResult, PixelClassifier, eval_mo
 from netgloss.errors import UserError
 from netgloss.progress import Progress, Silent
 
+_NO_AUTOATTACK = "AutoAttack needs the library pyautoattack: pip install 'netgloss[oracle]'"
 LARGE_EPS = 64 / 255
 SLACK = 0.02
 """Accuracies are compared up to this: attacks are drawn at random."""
@@ -124,6 +126,8 @@ def robust_accuracies(
     transfer : (N, channels, H, W) images made from x against another network.
     """
     plan, progress = plan or AttackPlan(), progress or Silent()
+    if plan.autoattack and find_spec("pyautoattack") is None:  # told before minutes of other attacks
+        raise UserError(_NO_AUTOATTACK)
     ids = [str(i) for i in range(len(x))] if ids is None else ids
     common: dict[str, Any] = {"seed": seed, "ids": ids, "batch_size": batch_size}
     noise = (x + random_start(x, eps, "linf", seed=seed, ids=ids)).clamp(0, 1)
@@ -205,7 +209,7 @@ def autoattack_accuracies(
     try:
         from pyautoattack import AutoAttack
     except ImportError:
-        raise UserError("AutoAttack needs the library pyautoattack: pip install 'netgloss[oracle]'") from None
+        raise UserError(_NO_AUTOATTACK) from None
     alive = predictions(classifier, x, batch_size=batch_size) == y
     found: dict[str, float] = {}
     with eval_mode(classifier):

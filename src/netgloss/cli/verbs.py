@@ -202,7 +202,8 @@ class Evaluate:
     """Run folder of a cladec decoder of the same layer: shows each concept taken out and alone. A run that was
     evaluated before is not scored again."""
     faithfulness: bool = False
-    """Also delete and insert concepts (C-deletion, ConceptSHAP, Sobol) on a part of the held-out images."""
+    """Also delete and insert concepts (C-deletion, ConceptSHAP, Sobol) on a part of the held-out images. A run that was
+    evaluated before is not scored again, unless --images is given."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self) -> None:
@@ -216,7 +217,8 @@ class Evaluate:
         source = open_sources(self.images, self.eval_images) if self.images else None
         run = Run(self.run_folder)
         with bars_of(fabric) as bars:
-            asked = (self.annotations is None or self.images) and self.decoder is None
+            adds = self.annotations or self.decoder or self.faithfulness
+            asked = not adds or (self.images and self.decoder is None)
             if asked or not run.scores:
                 run = evaluate_run(
                     run,
@@ -242,7 +244,7 @@ class Evaluate:
                 from netgloss.comparison import faithfulness_run
 
                 faithfulness_run(run, source=source, classifier=run.classifier().to(fabric.device), progress=bars)
-            if (self.annotations or self.decoder or self.faithfulness) and (run.path / "report.html").exists():
+            if adds and (run.path / "report.html").exists():
                 run.write_report()
         print_scores(run)
 

@@ -34,7 +34,7 @@ from netgloss.comparison.result import Entry, score_entries
 from netgloss.comparison.sweep import Configs, check_named, config_of, fill, fit_all, method_list
 from netgloss.errors import UserError
 from netgloss.evaluation.measure import check_origin
-from netgloss.evaluation.run import split_store
+from netgloss.evaluation.run import check_image_counts, split_store
 from netgloss.explainers.names import find_explainer
 from netgloss.fitting import make_tail, upper_layers
 from netgloss.pipeline import open_sources, store_info
@@ -59,6 +59,11 @@ class CompareOptions:
     """Images for each control network (the untrained one, and those of --control); 0 leaves them out."""
     on_rate: float = 0.005
     """Share of positions where every concept counts as on, in the dissection by --annotations."""
+
+    def __post_init__(self) -> None:
+        check_image_counts(max_images=self.max_images, network_images=self.network_images)
+        if not 0 < self.on_rate < 1:
+            raise UserError(f"on_rate must lie between 0 and 1, got {self.on_rate:g}")
 
 
 def compare(

@@ -66,7 +66,11 @@ def config_of(method: str, configs: Configs, num_concepts: int) -> ExplainerConf
         for name in ("top_k", "target_l0"):
             if name in fields and name not in values:
                 values[name] = type(fields[name])(min(fields[name], max(1, num_concepts // 2)))
-    return cls.Config(**values)
+    try:
+        return cls.Config(**values)
+    except TypeError as error:  # a word where a number belongs
+        said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UserError(f"{method} cannot take {said}: {error}") from error
 
 
 def check_named(configs: Configs, without: Mapping[str, str], num_concepts: int) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from netgloss.adversarial import PixelClassifier, attack_in_batches, pgd
 from netgloss.adversarial.arms import ARMS, find_arm
-from netgloss.adversarial.harden import DivergedError, HardenConfig, Hardened, harden, settings
+from netgloss.adversarial.harden import DivergedError, HardenConfig, Hardened, harden, settings, split_training
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
 from netgloss.adversarial.robustness import AttackPlan, masking_failures, robust_accuracies
 from netgloss.classifiers import Classifier, load_classifier
@@ -67,7 +67,7 @@ class HardenPlan:
     attack_images: int | None = 500
     """Attack this many of the judging images for the accuracies."""
     k: int | None = None
-    """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class."""
+    """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class (of 20 images or more)."""
     craft_layer: str | None = None
     """Layer that attacks differentiate instead of the logits (SqueezeNet: classifier.1)."""
     v_steps: int = 20
@@ -179,6 +179,7 @@ class _Job:
         self.probe = probe.stratified(plan.probe_images)
         self.attacked = probe.stratified(plan.attack_images)
         top_set_size(self.probe.probe_labels, k=plan.k)  # too few images are told before anything is trained
+        split_training(train, config.holdout)
         self.affinities, self.provenance = affinity.build(classifier, self.probe)
         self._transfer: Tensor | None = None
         self._before: tuple[LayerResult, float] | None = None

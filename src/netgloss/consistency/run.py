@@ -71,7 +71,7 @@ class ConsistencyOptions:
     max_images: int | None = None
     """Probe with this many images, equally many of every class; default all, cut to the smallest class."""
     k: int | None = None
-    """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class."""
+    """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class (of 20 images or more)."""
     pooling: Literal["max", "mean"] = "max"
     """A unit's response to an image: maximum or mean of its map."""
     controls: bool = True
@@ -132,7 +132,8 @@ def consistency_run(
         fitted = load_explainer(file, classifier=classifier).to(device)
         encoders[explained.layer], method = fitted.encode, explained.method
         identity["explainer"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        decode = fitted.decode if fitted.target == "activation" and fitted.reads != "pooled" else None
+        rebuilds = fitted.target == "activation" and fitted.reads != "pooled"  # from a mean over the grid, no map
+        decode = fitted.decode if rebuilds else None
         linear = fitted.dictionary is not None
     _check_ensemble(classifier, also, attack)
     if not layers:

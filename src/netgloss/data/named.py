@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 _MOST_DIGITS = 7  # of a number of scenes: their names are held in memory
+_ROOTLESS = ("hfds", "hfids", "tfds")
+"""Kinds of timm data sets that know themselves where they lie."""
 
 
 class TimmSource(ImageSource):
@@ -103,7 +105,7 @@ def open_timm(spec: str) -> TimmSource:
     root = options.get("root")
     if root is not None and not Path(str(root)).exists():
         raise missing(Path(str(root)))
-    if root is None and "/" not in name:
+    if root is None and name.partition("/")[0] not in _ROOTLESS:
         raise UserError(f"{printable(spec)}: say where the images lie, timm:{name},root=FOLDER")
     try:
         dataset = create_dataset(name, **options)

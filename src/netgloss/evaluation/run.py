@@ -56,6 +56,18 @@ class EvaluationOptions:
     max_images: int | None = None
     """Judge on at most this many held-out images."""
 
+    def __post_init__(self) -> None:
+        check_image_counts(max_images=self.max_images, untrained_images=self.untrained_images)
+
+
+def check_image_counts(*, max_images: int | None, **others: int) -> None:
+    """Raises :class:`UserError` for a negative number of images, or none to judge on."""
+    if max_images is not None and max_images < 1:
+        raise UserError(f"max_images must be at least 1, got {max_images}")
+    for name, count in others.items():
+        if count < 0:
+            raise UserError(f"{name} must not be negative, got {count}")
+
 
 def split_store(store: Store) -> tuple[np.ndarray, np.ndarray]:
     """Readable images of a store as (fit, held-out).

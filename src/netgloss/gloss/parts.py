@@ -48,6 +48,8 @@ def write_galleries(
     """
     from netgloss.figures.parts import part_gallery
 
+    if min(filters, columns) < 1:
+        raise UserError(f"filters and columns must be at least 1, got {filters} and {columns}")
     store = Store.open(run.store)
     if source.fingerprint != store.key.data_fingerprint:
         raise UserError(f"{source.description} are not the images of the run {run.path}")

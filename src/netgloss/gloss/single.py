@@ -62,7 +62,7 @@ def describe_image(
     if explainer.reads == "pooled" and activation.ndim == 4:
         drawn = concept_heatmaps(explainer.encode, activation, range(explainer.num_concepts))
     maps = [drawn[0, k].cpu().numpy() if drawn.ndim == 4 else None for k in order]
-    if heat is not None:
+    if heat is not None and order:
         maps = list(heat(order).cpu().numpy())
     gap = logit - base - float(values_K.sum())
     figure = image_explanation(

@@ -33,6 +33,8 @@ def build_adversarial_report(run_folder: Path) -> str:
     import jinja2
 
     folder = Path(run_folder)
+    if not (folder / "result.json").exists():
+        raise UserError(f"the run in {str(folder)!r} is not finished (no result.json); run its command again to go on")
     run, result = read_json(folder / "run.json"), read_json(folder / "result.json")
     scores = read_json(folder / "scores.json") if (folder / "scores.json").exists() else []
     templates = jinja2.Environment(
