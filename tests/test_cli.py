@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -117,7 +118,12 @@ def test_explain_in_one_go_and_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     main(command)
     assert "report.html" in capsys.readouterr().out
     assert "pca" in netgloss.load(tmp_path / "r").manifest["method"]
+    run = netgloss.load(tmp_path / "r")
+    run.write_scores([dataclasses.replace(run.scores[0], metric="added later"), *run.scores])
     main(command)
+    assert run.scores[0].metric == "added later"  # a finished run is not scored anew
+    main([*command, "--untrained-images", "8"])
+    assert run.scores[0].metric != "added later"  # unless it is asked for other scores
     error = fails(capsys, *command[:-4], "--seeds", "2", "--untrained-images", "0")
     assert "holds another run (seeds: [0] there, [0, 1] now)" in error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -222,6 +223,7 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     from netgloss.pipeline import demo, fit_run
 
     explained = demo(tmp_path / "demo", num_images=60)
+    options = ConsistencyOptions(null_draws=0, difference_images=4, shown_units=1, shown_images=1, k=10)
     run = consistency_run(
         explained.classifier(),
         open_images("critters:200"),
@@ -229,8 +231,19 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
         out=tmp_path / "run",
         explainer=explained.path,
         attack=AttackChoice("fgsm", eps=4),
-        options=ConsistencyOptions(null_draws=0, difference_images=4, shown_units=1, shown_images=1, k=10),
+        options=options,
     )
+    (score,) = run.scores
+    channels = consistency_run(
+        explained.classifier(),
+        open_images("critters:200"),
+        [explained.layer],
+        out=tmp_path / "channels",
+        attack=AttackChoice("fgsm", eps=4),
+        options=dataclasses.replace(options, controls=False),
+    )
+    assert score.baselines["the layer's channels"] == pytest.approx(channels.scores[0].value)
+    assert "the layer's channels" not in channels.scores[0].baselines
     rows = list(csv.DictReader(io.StringIO((run.path / "units.csv").read_text())))
     assert len({r["unit"] for r in rows}) == explained.explainer.num_concepts
     assert rows[0]["explainer"] == explained.method
@@ -243,7 +256,7 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
         out=tmp_path / "pooled",
         explainer=pooled.path,
         attack=AttackChoice("none"),
-        options=ConsistencyOptions(null_draws=0, difference_images=4, shown_units=1, shown_images=1, k=10),
+        options=options,
     )
     assert run.manifest["status"] == "complete"
     with pytest.raises(UserError, match="explains layer"):

@@ -21,7 +21,7 @@ from netgloss.activations.places import place_of
 from netgloss.classifiers import imagenet_wnids, load_from_spec
 from netgloss.errors import UserError
 from netgloss.evaluation.measure import either_tail, tail_for
-from netgloss.evaluation.run import EvaluationOptions, evaluate_run, pick_device, split_store
+from netgloss.evaluation.run import EvaluationOptions, evaluate_run, judged_with, pick_device, split_store
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
 from netgloss.explainers.names import find_explainer, method_name
 from netgloss.fitting import make_tail, open_stream, upper_layers
@@ -227,7 +227,8 @@ def explain(
     layer : dotted name, as ``netgloss layers`` lists them.
     images : a source, or what ``netgloss.open_images`` takes (a folder, an .npz file, ...).
     eval_images : images to judge on; default: a fifth of ``images``, held out from the fit by the hash of their ids.
-    out : the run folder; an interrupted run with the same settings continues.
+    out : the run folder; an interrupted run with the same settings continues, a finished one is only reported again
+        (``evaluate_run`` scores it anew).
     seeds : how many fits, or which seeds.
     device, devices, nodes, precision : as Fabric takes them; several processes (``devices`` on each of ``nodes``
         machines) share the capture and the judged images and train by DDP (the calling script is started once a
@@ -286,16 +287,18 @@ def explain(
     )
     if fabric.is_global_zero:
         run.add_time("capture", seconds)
-    evaluate_run(
-        run,
-        store=captured,
-        source=source,
-        classifier=classifier,
-        options=evaluation,
-        gloss=gloss,
-        fabric=fabric,
-        progress=progress,
-    )
+    judged = run.manifest["status"] in ("evaluated", "complete")
+    if not (judged and run.manifest.get("judged_with") == judged_with(evaluation, gloss)):
+        evaluate_run(
+            run,
+            store=captured,
+            source=source,
+            classifier=classifier,
+            options=evaluation,
+            gloss=gloss,
+            fabric=fabric,
+            progress=progress,
+        )
     if not fabric.is_global_zero:
         return run
     run.update(status="complete")

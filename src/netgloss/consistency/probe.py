@@ -204,7 +204,8 @@ class LayerResult:
     ----------
     units : concept and pole of each of U units. real, adversarial : responses (N, U) and (M, U).
     scores : on R. comparison, fooled : with V, on all of it and on what reached its target; None where not measured.
-    random, untrained : the same of random directions (their scores on R and V), and of the untrained network.
+    random, channels, untrained : consis_cal of live random directions on R and V, the same of the layer's channels
+        where the units are an explainer's concepts, and the mean of the untrained network's units.
     agreement : Spearman correlation of consis between kernels.
     bins : means of the cosines by quantile bin of consis on R.
     health : norms, effective rank and distance ratios of the layer's features.
@@ -218,6 +219,7 @@ class LayerResult:
     comparison: Comparison | None
     fooled: Comparison | None
     random: dict[str, Tensor] = field(default_factory=dict)
+    channels: dict[str, Tensor] = field(default_factory=dict)
     untrained: float | None = None
     agreement: dict[str, float] = field(default_factory=dict)
     bins: list[dict[str, float]] = field(default_factory=list)
@@ -230,6 +232,7 @@ class LayerResult:
             "attack": None if self.comparison is None else self.comparison.summary(),
             "fooled": None if self.fooled is None else self.fooled.summary(),
             **{f"random_{name}": _mean(values) for name, values in self.random.items()},
+            **{f"channels_{name}": _mean(values) for name, values in self.channels.items()},
             "untrained": self.untrained,
             "kernels": self.agreement,
             "health": self.health,
@@ -260,7 +263,7 @@ def measure_layers(
     affinities : as :meth:`AffinityChoice.build` gives them.
     encoders : by layer, an explainer's ``encode``; default the layer's channels.
     untrained : the network with random weights, as a control.
-    controls : measure random directions too.
+    controls : measure random directions too, and the layer's channels beside concepts.
 
     Returns
     -------
@@ -274,6 +277,8 @@ def measure_layers(
     for layer in layers:
         readers[f"units {layer}"] = _responses_of(layer, encoders.get(layer), pooling)
         readers[f"mean {layer}"] = _mean_of(layer)
+        if controls and layer in encoders:
+            readers[f"channels {layer}"] = _responses_of(layer, None, pooling)
     progress = progress or Silent()
     passes = len(sets) * (1 + controls) + (untrained is not None)
     progress.start(f"units seed {seed}", passes * len(data), unit="images")
@@ -303,35 +308,30 @@ def measure_layers(
         )
     progress.finish()
     sources = torch.arange(len(data))
+    options: dict[str, Any] = {"k": k, "seed": seed, "null_draws": null_draws}
+
+    def live(by_set: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """consis_cal of what is live on R and V together, on each of them."""
+        units, quiet = Units.of(*by_set.values()), {**options, "null_draws": 0}
+        return {
+            name: _live(consistency(units.select(table), data.probe_labels, affinities["chosen"], **quiet))
+            for name, table in by_set.items()
+        }
+
     results = {}
     for layer in layers:
         both = [tables[name][f"units {layer}"] for name in sets]
         units = Units.of(*both)
         chosen = [units.select(table) for table in both]
-        options: dict[str, Any] = {"k": k, "seed": seed, "null_draws": null_draws}
         comparison, fooled = _compared(chosen, data, sources, affinities, adversarial, options)
         if comparison is None:
             scores = consistency(chosen[0], data.probe_labels, affinities["chosen"], **options)
         else:
             scores = comparison.real
-        random: dict[str, Tensor] = {}
-        if controls:
-            turned_both = [directions[name][layer] for name in sets]
-            turned_units = Units.of(*turned_both)
-            turned_values = [turned_units.select(table) for table in turned_both]
-            quiet = {**options, "null_draws": 0}
-            random["real"] = _live(consistency(turned_values[0], data.probe_labels, affinities["chosen"], **quiet))
-            if len(turned_values) > 1:
-                random["adversarial"] = _live(
-                    consistency(turned_values[1], data.probe_labels, affinities["chosen"], **quiet)
-                )
-        floor = None
-        if untrained is not None:
-            table = bare[f"units {layer}"]
-            quiet = {**options, "null_draws": 0}
-            floor = _mean(
-                _live(consistency(Units.of(table).select(table), data.probe_labels, affinities["chosen"], **quiet))
-            )
+        random = live({name: directions[name][layer] for name in sets}) if controls else {}
+        beside = controls and layer in encoders
+        channels = live({name: tables[name][f"channels {layer}"] for name in sets}) if beside else {}
+        floor = None if untrained is None else _mean(live({"real": bare[f"units {layer}"]})["real"])
         kernels = {name: affinities[name] for name in ("gauss", "exp", "identity")}
         results[layer] = LayerResult(
             layer=layer,
@@ -342,6 +342,7 @@ def measure_layers(
             comparison=comparison,
             fooled=fooled,
             random=random,
+            channels=channels,
             untrained=floor,
             agreement=kernel_agreement(scores, kernels),
             bins=[] if comparison is None else cosines_by_bin(comparison),

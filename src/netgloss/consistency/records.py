@@ -126,7 +126,7 @@ def layer_record(
     if differences is not None:
         record["differences"] = {
             name: differences[name]
-            for name in ("tail", "reason", "auroc_s", "auroc_confidence", "auroc_wrong")
+            for name in ("tail", "reason", "auroc_s", "auroc_confidence", "auroc_wrong", "auroc_wrong_confidence")
             if name in differences
         }
         record["differences"]["num_images"] = len(differences["chosen"])
@@ -170,6 +170,8 @@ def over_seeds(measured: Sequence[dict[str, LayerResult]]) -> dict[str, Any]:
 def layer_score(layer: str, measured: Sequence[dict[str, LayerResult]]) -> Score:
     first = measured[0][layer].summary()
     baselines = {"random directions": first.get("random_real"), "untrained network": first["untrained"]}
+    if "channels_real" in first:
+        baselines["the layer's channels"] = first["channels_real"]
     attacked = first["attack"]
     if attacked is not None:
         baselines["the same units on adversarial images"] = attacked["consis_cal_adversarial"]
@@ -177,7 +179,7 @@ def layer_score(layer: str, measured: Sequence[dict[str, LayerResult]]) -> Score
     return dataclasses.replace(score, metric=f"consistency, {layer}")
 
 
-def run_warnings(result: dict[str, Any]) -> list[str]:
+def run_warnings(result: dict[str, Any], *, pooling: str) -> list[str]:
     found = []
     if not result["affinity"]["semantics"]:
         found.append(
@@ -189,11 +191,11 @@ def run_warnings(result: dict[str, Any]) -> list[str]:
             f"{layer}: the ranking of units depends on the kernel ({p}: Spearman {r:.2f})" for p, r in low.items()
         ]
         if record["num_saturated"]:
-            found.append(
-                f"{layer}: {record['num_saturated']} units are saturated (images tie at the top): use --pooling mean"
-            )
-        if record.get("random_real") is not None and record["random_real"] >= record["consis_cal"]:
-            found.append(f"{layer}: random directions are as consistent as the units ({record['random_real']:.3f})")
+            advice = "" if pooling == "mean" else ": use --pooling mean"
+            found.append(f"{layer}: {record['num_saturated']} units are saturated (images tie at the top){advice}")
+        for name, told in (("random_real", "random directions"), ("channels_real", "the layer's channels")):
+            if record.get(name) is not None and record[name] >= record["consis_cal"]:
+                found.append(f"{layer}: {told} are as consistent as the units ({record[name]:.3f})")
         if "reason" in record.get("differences", {}):
             found.append(f"{layer}: {record['differences']['reason']}")
     return found

@@ -238,7 +238,7 @@ def consistency_run(
         **run.manifest["data"],
         "unreadable": [{"id": i, "reason": r} for i, r in list(data.problems.items())[:200]],
     }
-    run.update(data=data_record, warnings=run_warnings(result))
+    run.update(data=data_record, warnings=run_warnings(result, pooling=options.pooling))
     run.add_time("consistency", time.monotonic() - began)
     run.write_report()
     for seed in run.seeds:
@@ -274,7 +274,8 @@ def _differences(
     linear: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """PD of the units on some images of R and V, s of each, and how well s and the largest probability tell V.
+    """PD of the units on some images of R and V, s of each, and how well s and the largest probability tell V, and
+    wrong images of R.
 
     ``ways`` encode and decode; ``linear`` says that decode is affine.
     """
@@ -316,7 +317,8 @@ def _differences(
         }
     progress.finish()
     real = found["real"]
-    found["auroc_wrong"] = detection_auroc(real["s"][real["right"]], real["s"][~real["right"]])
+    for name, key in (("auroc_wrong", "s"), ("auroc_wrong_confidence", "confidence")):
+        found[name] = detection_auroc(real[key][real["right"]], real[key][~real["right"]])
     if made is not None:
         for name, key in (("auroc_s", "s"), ("auroc_confidence", "confidence")):
             found[name] = detection_auroc(real[key], found["adversarial"][key])

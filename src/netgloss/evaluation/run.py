@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -164,6 +165,7 @@ def evaluate_run(
             tail={"mode": tail.mode, "affine": affine, "reason": tail.reason},
             warnings=warnings,
             num_judged=len(judged),
+            judged_with=judged_with(options, gloss),
         )
         return run
     with _timed(run, "evaluate", writes=writes):
@@ -218,8 +220,17 @@ def evaluate_run(
         tail={"mode": tail.mode, "affine": affine, "reason": tail.reason},
         warnings=warnings,
         num_judged=len(judged),
+        judged_with=judged_with(options, gloss),
     )
     return run
+
+
+def judged_with(options: EvaluationOptions | None, gloss: GlossOptions | None) -> dict[str, Any]:
+    """What run.json keeps of the options of a judgement."""
+    return {
+        "evaluation": dataclasses.asdict(options or EvaluationOptions()),
+        "gloss": dataclasses.asdict(gloss or GlossOptions()),
+    }
 
 
 def _judge_decoder(
