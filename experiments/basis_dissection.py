@@ -147,7 +147,7 @@ class Study:
             self.controls(bases[0])
 
     def _fitted(self, variant: str) -> list[Any]:
-        from netgloss.run import load_explainer
+        from netgloss.saved import load_explainer
 
         return [load_explainer(path) for path in sorted(self.options.fits.glob(f"{variant}-[0-9].safetensors"))]
 

@@ -39,7 +39,8 @@ def main() -> None:
 
     from netgloss.classifiers import load_classifier
     from netgloss.fitting import make_tail
-    from netgloss.run import load_explainer, versions
+    from netgloss.run import versions
+    from netgloss.saved import load_explainer
     from netgloss.training import ActivationStream
 
     checkpoint = None if name == "critters" else data / "weights" / f"{name}.pth"

@@ -21,7 +21,7 @@ from netgloss.explainers.cladec import ClaDec, ClaDecConfig
 from netgloss.fitting import make_tail, open_stream
 from netgloss.metrics.decoding import RecClaDec
 from netgloss.pipeline import explain, fit_run, show, store_info
-from netgloss.run import load_explainer
+from netgloss.saved import load_explainer
 from netgloss.training import Checkpoint, FitOptions, build_explainer, fit
 
 LAYER = "block4"

@@ -18,7 +18,8 @@ from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.parts import PartConfig, PartExplainer, choose_upper
 from netgloss.gloss.parts import strongest_images, way_shares, write_galleries
 from netgloss.pipeline import explain, open_sources, show
-from netgloss.run import Run, load_explainer
+from netgloss.run import Run
+from netgloss.saved import load_explainer
 from part_scenes import CHANNELS, SIDE, UPPER, ToyRows, ToySection, fit_toy, locked_share, scenes
 
 SPEC = LayerSpec("toy", (CHANNELS, SIDE, SIDE), True, 0, UPPER)

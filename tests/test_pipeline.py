@@ -22,7 +22,8 @@ import netgloss
 from netgloss.errors import UserError
 from netgloss.metrics import Score
 from netgloss.metrics.importance import contributions, significant
-from netgloss.run import Run, load_explainer, read_history, to_json
+from netgloss.run import Run, read_history, to_json
+from netgloss.saved import load_explainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORE_FIELDS = ["metric", "value", "low", "high", "baselines", "n", "seeds", "higher_is_better", "definition"]

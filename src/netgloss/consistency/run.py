@@ -56,7 +56,8 @@ from netgloss.metrics.consistency_difference import (
     unchanged,
 )
 from netgloss.progress import Progress, Silent
-from netgloss.run import FileCheckpoint, Run, load_explainer, to_json, write_atomically
+from netgloss.run import FileCheckpoint, Run, to_json, write_atomically
+from netgloss.saved import load_explainer
 
 if TYPE_CHECKING:
     from netgloss.data import ImageSource
