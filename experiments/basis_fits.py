@@ -127,7 +127,7 @@ class Permuted:
 
 
 def save(explainer: Any, method: str, seed: int, path: Path) -> None:
-    """What ``netgloss.run.load_explainer`` reads."""
+    """What ``netgloss.saved.load_explainer`` reads."""
     from safetensors.torch import save_file
 
     header = {

@@ -22,6 +22,7 @@ import netgloss
 from netgloss.errors import UserError
 from netgloss.metrics import Score
 from netgloss.metrics.importance import contributions, significant
+from netgloss.pipeline import open_sources
 from netgloss.run import Run, read_history, to_json
 from netgloss.saved import load_explainer
 
@@ -158,6 +159,12 @@ def test_the_same_settings_continue_and_others_are_refused(nmf_run: Run) -> None
         netgloss.explain("nmf", "critters", "block5", "critters:100", out=nmf_run.path, num_concepts=7, seeds=2)
     with pytest.raises(UserError, match="holds something else: images"):
         netgloss.explain("nmf", "critters", "block5", "critters:90", out=nmf_run.path, num_concepts=6, seeds=2)
+
+
+def test_judging_on_the_images_of_the_fit_is_refused() -> None:
+    with pytest.raises(UserError, match="are judged on other images"):
+        open_sources("critters:12", "critters:12")
+    assert len(open_sources("critters:12", "critters:12,seed=5")) == 24
 
 
 def test_a_refused_first_try_is_not_in_the_way(tmp_path: Path) -> None:
