@@ -13,7 +13,7 @@ from netgloss.activations import Store
 from netgloss.classifiers import Classifier, Taps, cut_section, later_layers, load_classifier
 from netgloss.errors import UserError
 from netgloss.evaluation.dissect_run import dissect_run
-from netgloss.explainers._part_watch import peak_counts, watch
+from netgloss.explainers._part_watch import coinciding_peaks, mean_of_pairs, peak_counts, watch
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.parts import PartConfig, PartExplainer, choose_upper
 from netgloss.gloss.parts import strongest_images, way_shares, write_galleries
@@ -116,6 +116,12 @@ def test_watch_counts_dead_and_frozen_maps() -> None:
         explainer.parts[1].bias[:2] = -1e6  # type: ignore[index]
     explainer.after_fit(ToyRows(scenes(64, seed=3)[0], ToySection()))  # type: ignore[arg-type]
     assert any(note.startswith("2 of 12 part maps are never active (parts 0, 1)") for note in explainer.notes)
+    assert not any("same place" in note for note in explainer.notes)
+    with torch.no_grad():
+        for values in (explainer.parts[1].weight, explainer.parts[1].bias):  # type: ignore[union-attr]
+            values.copy_(values[-1:].expand_as(values).clone())
+    explainer.after_fit(ToyRows(scenes(64, seed=3)[0], ToySection()))  # type: ignore[arg-type]
+    assert any(note.startswith("two part maps peak at the same place in 100%") for note in explainer.notes)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +330,7 @@ def test_annotations_give_location_and_part_scores(run: Run, critters: Classifie
 
 def test_galleries_and_shares(run: Run, tmp_path: Path) -> None:
     source = open_sources("critters:48")
-    picture, record = write_galleries(run, source, tmp_path, filters=3, columns=4)
+    picture, record = write_galleries(run, source, tmp_path, filters=3, columns=4, distinct=1)
     numbers = json.loads(record.read_text())
     assert picture.stat().st_size > 5_000
     assert len(numbers["filters"]) == 3
@@ -332,11 +338,33 @@ def test_galleries_and_shares(run: Run, tmp_path: Path) -> None:
     assert sum(numbers["shares"].values()) == pytest.approx(1.0)
     with pytest.raises(UserError, match="are not the images of the run"):
         write_galleries(run, open_sources("critters:49"), tmp_path)
+    assert 0 < numbers["coincidence"] < 1
     with pytest.raises(UserError, match="filters and columns must be at least 1, got 0 and 10"):
         write_galleries(run, source, tmp_path, filters=0)
+    with pytest.raises(UserError, match="distinct is a share of the images"):
+        write_galleries(run, source, tmp_path, distinct=0)
+    _, record = write_galleries(run, source, tmp_path, filters=100, columns=1, distinct=1e-6)
+    shown = json.loads(record.read_text())["filters"]
+    apart = [entry["filter"] for entry in shown]
+    assert len(apart) + len({k for entry in shown for k in entry["alike"]}) <= run.explainer.num_concepts
+    assert not {k for entry in shown for k in entry["alike"]} & set(apart)
     store = Store.open(run.manifest["store"])
     explainer = start(ordinary=False)
     assert way_shares(explainer, store, "block4", store.valid) == {}
+
+
+def test_coincidence_of_peaks_by_hand() -> None:
+    maps = torch.zeros(4, 3, 4, 4)
+    for image, places in enumerate((((0, 0), (1, 1)), ((0, 0), (0, 2)), ((3, 3), (3, 3)), ((2, 2), (2, 2)))):
+        for k, (y, x) in enumerate(places):
+            maps[image, k, y, x] = 1
+    maps[3, 1] = 0  # silent there
+    near, both = coinciding_peaks(maps)
+    found = near / both
+    assert found[0, 1] == found[1, 0] == pytest.approx(2 / 3)
+    assert found[0, 0] == 1
+    assert found[2].isnan().all()
+    assert mean_of_pairs(near, both) == pytest.approx(2 / 3)
 
 
 def test_strongest_images_pass_the_level_of_rare_activations() -> None:

@@ -25,6 +25,9 @@ class Parts:
     """Filters shown, the most important first."""
     columns: int = 10
     """Images a filter."""
+    distinct: float = 0.5
+    """Pass over a filter whose peak coincides with that of one already shown in more than this share of the images; 1
+    passes over none."""
     unmasked: bool = False
     """Show the maps as they are, without the mask around their peaks."""
 
@@ -41,5 +44,6 @@ class Parts:
             filters=self.filters,
             columns=self.columns,
             masked=not self.unmasked,
+            distinct=self.distinct,
         ):
             console().print(str(path))

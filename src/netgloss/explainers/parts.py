@@ -40,13 +40,23 @@ from torch import Tensor, nn
 
 from netgloss.errors import UserError, nearest
 from netgloss.explainers._part_loss import filter_loss, peak_mask
-from netgloss.explainers._part_watch import FROZEN, dead_and_frozen, peak_counts, watch
+from netgloss.explainers._part_watch import (
+    ALIKE,
+    FROZEN,
+    coinciding_peaks,
+    dead_and_frozen,
+    mean_of_pairs,
+    peak_counts,
+    watch,
+)
 from netgloss.explainers.base import Batch, Explainer, LayerSpec, Rows, TrainingConfig
 
 Tracks = Literal["both", "interpretable", "ordinary"]
 
 _MOMENTUM = 0.1
 _FLOOR = 1e-3
+_COMPARED = 512
+"""Images of the fit over which the peaks of part maps are compared."""
 _START_BATCHES = 8
 _MIN_CELLS = 7
 
@@ -375,10 +385,15 @@ class PartExplainer(Explainer):
 
     @torch.no_grad()
     def after_fit(self, rows: Rows) -> None:
-        """Counts dead and frozen part maps over all images of the fit."""
+        """Counts dead and frozen part maps over all images of the fit, and maps that peak at one place over some."""
         counts = torch.zeros(self.num_concepts, self.spec.grid[0] * self.spec.grid[1])
+        near, both = torch.zeros(2, self.num_concepts, self.num_concepts)
+        left = _COMPARED
         for batch in rows.examples(()):
-            counts += peak_counts(self.encode(batch.activation))
+            maps = self.encode(batch.activation)
+            counts += peak_counts(maps)
+            more = coinciding_peaks(maps[:left])
+            near, both, left = near + more[0], both + more[1], left - min(left, len(maps))
         dead, frozen = dead_and_frozen(counts)
         for told, what in (
             (dead, "never active"),
@@ -387,6 +402,11 @@ class PartExplainer(Explainer):
             if told.any():
                 listed = ", ".join(map(str, told.nonzero().flatten().tolist()[:12]))
                 self.notes.append(f"{int(told.sum())} of {self.num_concepts} part maps are {what} (parts {listed})")
+        if (alike := mean_of_pairs(near, both)) > ALIKE:
+            self.notes.append(
+                f"two part maps peak at the same place in {alike:.0%} of the images (mean over pairs): they show fewer "
+                "different parts than there are maps"
+            )
         if self.share is not None:
             self.notes.append(
                 f"p = {self.p:.2f} is the part maps' weight beside the ordinary track; it does not say how much of the "

@@ -1,7 +1,8 @@
 """Galleries and shares of a run whose concepts have maps: which places each filter sees, what each way carries.
 
 Per filter, the images whose peak passes the level that 0.3 % of its activations exceed, strongest first; the map is
-masked around its peak as the fit does (show the unmasked one too: a mask makes any map look like a part).
+masked around its peak as the fit does (show the unmasked one too: a mask makes any map look like a part). Filters often
+find the same place: those that coincide with a filter already shown are passed over and counted beside it.
 
 Source of the choice of images: the authors' code for drawing (arXiv 1710.00935); their sweep of occluders is replaced
 by upsampling the map.
@@ -11,6 +12,7 @@ Shape letters: B images, K concepts, H W grid.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from netgloss.activations import Store
 from netgloss.errors import UserError
 from netgloss.evaluation.run import split_store
 from netgloss.explainers._part_loss import peak_mask
+from netgloss.explainers._part_watch import coinciding_peaks, mean_of_pairs
 from netgloss.run import Run, save_figure
 
 if TYPE_CHECKING:
@@ -33,7 +36,14 @@ _SAMPLED = 1_000_000
 
 
 def write_galleries(
-    run: Run, source: ImageSource, out: str | Path, *, filters: int = 8, columns: int = 10, masked: bool = True
+    run: Run,
+    source: ImageSource,
+    out: str | Path,
+    *,
+    filters: int = 8,
+    columns: int = 10,
+    masked: bool = True,
+    distinct: float = 0.5,
 ) -> list[Path]:
     """``parts.png`` and ``parts.json`` in ``out``, from held-out images of the run.
 
@@ -41,6 +51,8 @@ def write_galleries(
     ----------
     source : the images of the run, as it was made with.
     filters : how many, the most important for the predictions first (the most active where the run says nothing).
+    distinct : a filter whose peak coincides with that of one already shown in more than this share of the images is
+        passed over; 1 passes over none.
 
     Raises
     ------
@@ -50,6 +62,8 @@ def write_galleries(
 
     if min(filters, columns) < 1:
         raise UserError(f"filters and columns must be at least 1, got {filters} and {columns}")
+    if not 0 < distinct <= 1:
+        raise UserError(f"distinct is a share of the images, above 0 and at most 1, got {distinct:g}")
     store = Store.open(run.store)
     if source.fingerprint != store.key.data_fingerprint:
         raise UserError(f"{source.description} are not the images of the run {run.path}")
@@ -63,8 +77,12 @@ def write_galleries(
     )
     maps = _maps(explainer, store, run.layer, images)
     order, importance = _order(run, maps)
-    rows, captions, records = [], [], []
-    for k in order[:filters]:
+    near, both = coinciding_peaks(maps)
+    rows: list[list[Any]] = []
+    captions, records = [], []
+    for k, same in _apart(order, near / both, distinct):
+        if len(rows) == filters:
+            break
         chosen = strongest_images(maps[:, k], columns)
         if not len(chosen):
             continue
@@ -75,10 +93,11 @@ def write_galleries(
             for i in chosen.tolist()
         ]
         rows.append([(picture, part, None) for picture, part in zip(pictures, shown, strict=True)])
-        captions.append(explainer.name_concepts()[k])
+        captions.append(explainer.name_concepts()[k] + (f"\n+ {len(same)} alike" if same else ""))
         records.append(
             {
                 "filter": k,
+                "alike": same,
                 "importance": importance[k] if importance else None,
                 "active_images": float((maps[:, k].flatten(1).amax(1) > 0).float().mean()),
                 "images": [store.ids[int(images[i])] for i in chosen.tolist()],
@@ -88,8 +107,22 @@ def write_galleries(
         raise UserError(f"no concept of {run.path} is active in any of {len(images)} images")
     what = "masked around their peaks" if masked else "unmasked"
     figure = part_gallery(rows, captions, title=f"{run.method} at {run.layer}: strongest held-out images, maps {what}")
-    numbers = {"filters": records, "shares": way_shares(explainer, store, run.layer, images[:256])}
+    numbers = {
+        "filters": records,
+        "coincidence": mean_of_pairs(near, both),
+        "shares": way_shares(explainer, store, run.layer, images[:256]),
+    }
     return save_figure(Path(out), "parts" if masked else "parts-unmasked", figure, numbers)
+
+
+def _apart(order: Sequence[int], shares: Tensor, distinct: float) -> Iterator[tuple[int, list[int]]]:
+    """Filters in order without those that coincide with an earlier one, each with those that coincide with it."""
+    left = list(order)
+    while left:
+        k, *others = left
+        same = [j for j in others if float(shares[k, j]) > distinct]
+        left = [j for j in others if j not in set(same)]
+        yield k, same
 
 
 def strongest_images(maps: Tensor, count: int) -> Tensor:
