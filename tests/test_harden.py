@@ -425,10 +425,29 @@ def test_share_of_the_feature_term_is_warned_about(classifier: Classifier) -> No
     assert any("feature term" in line for line in run(classifier, "consistent", small(beta=1e-4)).warnings)
 
 
+def test_a_clipped_step_is_as_long_as_the_clip(classifier: Classifier) -> None:
+    config = small(epochs=1, batch_size=100, lr=0.1, weight_decay=0.0, clip=0.01)
+    found = run(classifier, "clean", config)
+    moved = [
+        (p - dict(classifier.net.named_parameters())[name]).square().sum() for name, p in found.net.named_parameters()
+    ]
+    assert float(torch.stack(moved).sum().sqrt()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_a_network_that_lost_what_it_knew_is_warned_about(classifier: Classifier) -> None:
+    for after, from_scratch, told in ((0.1, False, True), (0.8, False, False), (0.1, True, False)):
+        config = small(from_scratch=from_scratch)
+        pixels = PixelClassifier.of(classifier)
+        loop = _Loop(HardeningStep(pixels, "conv", "trades", config), config, 0, 20, "trades")
+        loop.checks, loop.best_epoch = [{"clean": 0.9}, {"clean": after}], 1
+        assert any("fell from 0.90 to 0.10: lower --lr" in line for line in loop.warnings()) == told
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"alpha": 1.5}, "alpha"),
+        ({"clip": 0}, "clip"),
         ({"eps": 300}, "1/255"),
         ({"beta": -1}, "beta"),
         ({"epochs": 0}, "epochs"),

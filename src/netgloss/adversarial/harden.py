@@ -296,6 +296,11 @@ class _Loop:
                 f"catastrophic overfitting after epoch {self.switched}: went back to the best epoch and on with "
                 f"PGD-{self.config.craft_steps}"
             )
+        before, after = (self.checks[epoch]["clean"] for epoch in (0, self.best_epoch))
+        if not self.config.from_scratch and after < before / 2:
+            found.append(
+                f"accuracy on clean held-out images fell from {before:.2f} to {after:.2f}: lower --lr, or set --clip"
+            )
         late = self.shares[len(self.shares) // 10 :]
         if late and not 0.05 <= (share := sum(late) / len(late)) <= 0.5:
             found.append(f"the feature term was {100 * share:.1f} % of the loss, outside 5 to 50 %: change beta")
@@ -346,9 +351,11 @@ def _train(
             shown = ", ".join(data.ids[i] for i in index[:3].tolist())
             raise DivergedError(
                 f"the loss of arm {_arm_name(arm)!r} became NaN or Inf at step {loop.step} ({told}; a batch with "
-                f"images {shown}): lower --lr"
+                f"images {shown}): lower --lr, or set --clip"
             )
         fabric.backward(loss)
+        if config.clip is not None:
+            fabric.clip_gradients(module, loop.optimizer, max_norm=config.clip)
         loop.optimizer.step()
         loop.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -31,6 +31,8 @@ class HardenConfig:
     """Weight decay."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    clip: float | None = None
+    """Largest norm of a step's gradient (TRADES on a confident network collapses without); default none."""
     craft_steps: int = 10
     """Steps of the PGD and TRADES arms."""
     from_scratch: bool = False
@@ -61,5 +63,7 @@ class HardenConfig:
                 f"lr must be positive, momentum in [0, 1), weight_decay not negative; got {self.lr:g}, "
                 f"{self.momentum:g}, {self.weight_decay:g}"
             )
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip is the largest norm of the gradient and must be positive, got {self.clip:g}")
         if not 0 < self.holdout < 1:
             raise UserError(f"holdout must lie between 0 and 1, got {self.holdout:g}")
