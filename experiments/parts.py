@@ -36,7 +36,8 @@ class StudyOf:
 
 STUDIES = {
     "animals": StudyOf("torchvision:mobilenet_v2", "features.13", 200, 64),
-    "animals-squeezenet": StudyOf("torchvision:squeezenet1_0", "features.12", 60, 32),
+    "animals-features.17": StudyOf("torchvision:mobilenet_v2", "features.17", 200, 64),
+    "animals-squeezenet": StudyOf("torchvision:squeezenet1_0", "features.12", 80, 16),
     "carparts": StudyOf("torchvision:mobilenet_v2", "features.13", 200, 64),
     "critters": StudyOf("critters", "block4", 300, 64, ("block5", "flatten")),
 }
@@ -46,6 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "single track": {"ordinary": False},
     "single template": {"single_template": True},
     "masks off": {"masks": False},
+    "masks off, no filter loss": {"masks": False, "filter_weight": 0.0},
     "copied start": {"start": "copy"},
     "random encoder": {"steps": 1, "lr": 1e-12, "decoder_lr": 0.0},
 }
