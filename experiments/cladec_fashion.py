@@ -11,6 +11,7 @@ stopped; --jobs says which to run now.
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from cladec_parts import (
     train,
     way_to_logits,
 )
-from fashion_mnist_classifier import accuracy, fashion
+from fashion_mnist_classifier import accuracy, fashion, train_classifier
 
 import netgloss
 from netgloss.decoding.reference import FreshEncoder
@@ -46,15 +47,25 @@ from netgloss.metrics.pixel_deletion import (
 HERE = Path(__file__).parent
 UPDATES = 250
 TEST = 2000
+JOBS = ("seeds", "saliency", "controls", "alphas", "depth", "untrained", "units", "training")
+ALPHAS = (0.99, 0.5)
+UNITS = (16, 64, 256)
+TRAINED = (15, 60)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/cladec-fashion"))
-    parser.add_argument("--jobs", nargs="+", default=["seeds", "controls", "alphas", "depth", "saliency", "untrained"])
+    parser.add_argument(
+        "--jobs",
+        nargs="+",
+        default=["seeds", "saliency", "controls", "alphas", "depth", "untrained", "units", "training"],
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so long")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     experiment = Fashion(options.checkpoint, options.work, options.minutes)
     for job in options.jobs:
         getattr(experiment, job)()
@@ -191,11 +202,56 @@ class Fashion:
         )
 
     def alphas(self) -> None:
-        """The trade-off: the same seed, several alpha."""
-        for alpha in (0.5, 0.99):
-            self.table.once(f"fit alpha {alpha}", lambda a=alpha: self.fit(f"alpha{a}", alpha=a)[1])
-            explainer, _ = self.fit(f"alpha{alpha}", alpha=alpha)
-            self.table.once(f"alpha {alpha}", lambda e=explainer: self.numbers(e, "flatten", seed=0, reference=False))
+        """The trade-off: several alpha, three seeds each."""
+        for seed in range(3):
+            for alpha in ALPHAS:
+                name = f"alpha{alpha}" + (f"-{seed}" if seed else "")
+                make = lambda n=name, a=alpha, s=seed: self.fit(n, alpha=a, seed=s)  # noqa: E731
+                self.table.once(f"fit alpha {alpha} seed {seed}", lambda m=make: m()[1])
+                self.table.once(
+                    f"alpha {alpha} seed {seed}",
+                    lambda m=make, s=seed: self.numbers(m()[0], "flatten", seed=s, reference=False),
+                )
+
+    def units(self) -> None:
+        """H6: the code has only some of the 512 units, drawn with the seed."""
+        part, test = self.parts("flatten")
+        for seed in range(3):
+            order = torch.randperm(512, generator=torch.Generator().manual_seed(seed))
+            for number in UNITS:
+                name, kept = f"units{number}-{seed}", order[:number]
+                self._parts[name] = tuple(p.replace(activations=p.activations[:, kept]) for p in (part, test))
+                self.rebuilt(name, f"units {number} seed {seed}", seed=seed)
+
+    def training(self) -> None:
+        """H8: the classifier itself has had fewer updates."""
+        same = lambda x: x  # noqa: E731
+        for seed in range(3):
+            for updates in TRAINED:
+                name = f"updates{updates}-{seed}"
+                net = train_classifier(
+                    self.train_images, self.train_labels, updates=updates, seed=0, channels=1, classes=10
+                )
+                other = copy.copy(self.classifier)
+                other.net = net
+                self._parts[name] = tuple(
+                    read(other, "flatten", same, *of)
+                    for of in ((self.train_images, self.train_labels), (self.test_images, self.test_labels))
+                )
+                self.table.once(
+                    f"C updates {updates}", lambda n=net: {"acc": accuracy(n, self.test_images, self.test_labels)}
+                )
+                self.rebuilt(name, f"updates {updates} seed {seed}", seed=seed)
+
+    def rebuilt(self, name: str, key: str, *, seed: int) -> None:
+        """Fits a decoder on ``parts(name)`` and keeps how well it rebuilds the test images."""
+
+        def found() -> dict:
+            explainer, seconds = self.fit(name, layer=name, seed=seed)
+            test = self.parts(name)[1]
+            return {"rec": rec(test.images, decoded(explainer, test)), "seconds": seconds}
+
+        self.table.once(key, found)
 
     def depth(self) -> None:
         """A middle layer, one seed (conv2: 128 x 4 x 4)."""

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cladec_fashion import ALPHAS, TRAINED, UNITS
 from cladec_parts import spread
 
 from netgloss.run import versions
@@ -71,15 +72,23 @@ def fashion(work: Path) -> list[str]:
 
     add("ClaDec, alpha 0", seeds, "", "rec", "acc_eval_cladec")
     add("RefAE", seeds, "refae_", "rec_refae", "acc_eval_refae")
-    for alpha in (0.5, 0.99):
-        add(f"ClaDec, alpha {alpha}", [f"alpha {alpha}"], "", "rec", "acc_eval_cladec")
+    for alpha in sorted(ALPHAS):
+        add(f"ClaDec, alpha {alpha}", [f"alpha {alpha} seed {s}" for s in range(3)], "", "rec", "acc_eval_cladec")
     add("class mean (control)", ["means"], "class_mean_", "rec_class_mean", "acc_eval_class_mean")
     add("label-only decoder (control)", ["label_only"], "", "rec", "acc_eval_cladec")
     add("decoder on shuffled pairs (control)", ["shuffled"], "", "rec", "")
     add("decoder on an untrained C (control)", ["untrained"], "", "rec", "")
     add("conv2 (128 x 4 x 4), ClaDec", ["conv2"], "", "rec", "acc_eval_cladec")
     add("conv2, RefAE", ["conv2"], "refae_", "rec_refae", "acc_eval_refae")
+    for number in UNITS:
+        add(f"{number} of 512 units", [f"units {number} seed {s}" for s in range(3)], "", "rec", "")
+    for updates in TRAINED:
+        add(f"C after {updates} updates", [f"updates {updates} seed {s}" for s in range(3)], "", "rec", "")
     lines += table(head, rows)
+    early = [u for u in TRAINED if f"C updates {u}" in n]
+    if early:
+        told = ", ".join(f"{n[f'C updates {u}']['acc']:.3f} after {u}" for u in early)
+        lines += ["", f"Accuracy of C on the test images: {told} updates."]
     if means:
         lines += ["", f"acc_orig {means['acc_orig']:.4f} (training images {means['acc_train']:.4f}); rec of mean image "
                   f"{means['rec_mean']:.1f}."]  # fmt: skip
@@ -204,7 +213,7 @@ def figures(work: Path, checkpoint: Path) -> None:
     )
     title = "Fashion-MNIST, V11, " + caption(explainer, 0)
     decoded_triples(triples, title=title).savefig(HERE / "cladec-fashion-triples.png", dpi=100)
-    alphas = [a for a in (0.0, 0.5, 0.99) if a == 0 or (work / f"alpha{a}.pt").exists()]
+    alphas = [a for a in (0.0, *sorted(ALPHAS)) if a == 0 or (work / f"alpha{a}.pt").exists()]
     if len(alphas) > 1:
         one = picks[:1]
         made = [explainer if a == 0 else world.fit(f"alpha{a}", alpha=a)[0] for a in alphas]
