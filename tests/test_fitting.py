@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from netgloss.activations import capture, image_batches
+from netgloss.activations import StoreInfo, capture, image_batches
 from netgloss.classifiers import Classifier, Taps, later_layers, load_classifier
 from netgloss.data import open_images
 from netgloss.errors import UserError
@@ -119,8 +119,9 @@ def test_missing_layers_and_images_are_named(critters, world, tmp_path):
     source, above, store = world
     with pytest.raises(UserError, match="give them again by --images"):
         fit_run(f"{__file__}:Curious", store, LAYER, tmp_path / "run", classifier=critters)
+    nameless = capture(critters, source, [LAYER, *above], tmp_path / "nameless", info=StoreInfo())
     with pytest.raises(UserError, match="give fit_run the classifier"):
-        fit_run(f"{__file__}:Curious", store, LAYER, tmp_path / "run")
+        fit_run(f"{__file__}:Curious", nameless, LAYER, tmp_path / "run")
     alone = capture(critters, source, [LAYER], tmp_path / "alone")
     with pytest.raises(UserError, match=f"capture {above[0]} too"):
         open_stream(Curious, Curious.Config(), alone, LAYER, np.arange(30), classifier=lambda: critters, source=source)
