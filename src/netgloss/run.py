@@ -304,11 +304,15 @@ class Run:
         with writing_to(self.path), (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
             file.write(" ".join(to_json(line).split()) + "\n")
 
-    def trim_history(self, seed: int, step: int) -> None:
-        """Drops lines of ``seed`` after ``step``: a resumed fit writes them again."""
+    def trim_history(self, seed: int, step: int, *, arm: str | None = None) -> None:
+        """Drops lines of ``seed`` (and ``arm`` of a hardening) after ``step``: a resumed fit writes them again."""
         path = self.path / "history.jsonl"
         if path.exists():
-            kept = [line for line in read_history(path) if line.get("seed") != seed or line.get("step", 0) <= step]
+            kept = [
+                line
+                for line in read_history(path)
+                if (line.get("seed"), line.get("arm")) != (seed, arm) or line.get("step", 0) <= step
+            ]
             write_atomically(path, "".join(" ".join(to_json(line).split()) + "\n" for line in kept))
 
     def write_report(self) -> Path:

@@ -39,7 +39,7 @@ from netgloss.errors import UserError
 from netgloss.metrics.consistency import top_set_size
 from netgloss.metrics.feature_health import response_correlation
 from netgloss.progress import Progress, Silent
-from netgloss.run import FileCheckpoint, Run, in_order, read_history, read_json, to_json, versions, write_atomically
+from netgloss.run import FileCheckpoint, Run, in_order, read_json, to_json, versions, write_atomically
 from netgloss.training import make_fabric
 from netgloss.trust import check_code
 
@@ -221,7 +221,7 @@ class _Job:
     def _harden(self, arm: str, seed: int, config: HardenConfig, mark: str = "") -> Hardened:
         checkpoint = self._checkpoint(arm, seed, mark)
         saved = checkpoint.load()
-        self._trim_history(arm + mark, seed, 0 if saved is None else int(saved[1]["step"]))
+        self.run.trim_history(seed, 0 if saved is None else int(saved[1]["step"]), arm=arm + mark)
         return harden(
             self.classifier,
             self.train,
@@ -262,17 +262,6 @@ class _Job:
 
     def _checkpoint(self, arm: str, seed: int, mark: str = "") -> FileCheckpoint:
         return FileCheckpoint(self.run.path / f"harden-{arm}{mark}-seed{seed}.checkpoint.safetensors")
-
-    def _trim_history(self, arm: str, seed: int, step: int) -> None:
-        """Drops lines that a resumed run writes again."""
-        path = self.run.path / "history.jsonl"
-        if path.exists():
-            lines = [
-                line
-                for line in read_history(path)
-                if (line.get("arm"), line.get("seed")) != (arm, seed) or line.get("step", 0) <= step
-            ]
-            write_atomically(path, "".join(" ".join(to_json(line).split()) + "\n" for line in lines))
 
     # -- judging --------------------------------------------------------------------------------------------------
 
