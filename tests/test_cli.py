@@ -124,6 +124,10 @@ def test_explain_in_one_go_and_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run.scores[0].metric == "added later"  # a finished run is not scored anew
     main([*command, "--untrained-images", "8"])
     assert run.scores[0].metric != "added later"  # unless it is asked for other scores
+    run.write_scores([dataclasses.replace(run.scores[0], metric="added later"), *run.scores])
+    netgloss.load(tmp_path / "r").update(status="evaluated")  # by evaluate, without the images perhaps
+    main([*command, "--untrained-images", "8"])
+    assert run.scores[0].metric != "added later"
     error = fails(capsys, *command[:-4], "--seeds", "2", "--untrained-images", "0")
     assert "holds another run (seeds: [0] there, [0, 1] now)" in error
 

@@ -297,7 +297,7 @@ def explain(
     )
     if fabric.is_global_zero:
         run.add_time("capture", seconds)
-    judged = run.manifest["status"] in ("evaluated", "complete")
+    judged = run.manifest["status"] == "complete"
     if not (judged and run.manifest.get("judged_with") == judged_with(evaluation, gloss)):
         evaluate_run(
             run,
