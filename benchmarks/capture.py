@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared"))
     options = parser.parse_args()
     import netgloss
-    from netgloss.run import versions
+    from netgloss.runs.run import versions
 
     numbers = arrays(options.images)
     source = netgloss.open_images(numbers)

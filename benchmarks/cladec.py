@@ -22,7 +22,7 @@ import netgloss
 from netgloss.classifiers import Taps
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
-from netgloss.run import versions
+from netgloss.runs.run import versions
 
 HERE = Path(__file__).parent
 LAYERS = ("features.4", "features.13", "features.18")

@@ -121,12 +121,12 @@ def their_side(crops, pooled, maps, tail, chosen: int, rank: int, points: int) -
 
 
 def our_side(pooled, maps, tail, chosen: int, rank: int, points: int, how: str) -> dict:
-    from netgloss.comparison.faithful import affine_predict
+    from netgloss.evaluation.faithful import affine_predict
     from netgloss.explainers.base import LayerSpec
     from netgloss.explainers.nmf import NMF, NMFConfig
-    from netgloss.metrics.importance import contributions
-    from netgloss.metrics.masking import class_value, through
-    from netgloss.metrics.sobol import sobol_total
+    from netgloss.metrics.faithfulness.importance import contributions
+    from netgloss.metrics.faithfulness.masking import class_value, through
+    from netgloss.metrics.faithfulness.sobol import sobol_total
 
     init = "random" if how == RANDOM else "nndsvda"
     explainer = NMF(NMFConfig(num_concepts=rank, init=init), LayerSpec(LAYER, (pooled.shape[1],), nonnegative=True))
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    from netgloss.run import versions
+    from netgloss.runs.run import versions
 
     tail, pooled, maps, crops, chosen = activations(options)
     maps_few = maps[: min(8, len(maps))]

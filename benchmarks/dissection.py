@@ -27,7 +27,7 @@ THRESHOLDS = (2.0, 1.5, 1.0)
 
 
 def batch(images: int, units: int, seed: int):
-    from netgloss.metrics.dissection import Masks
+    from netgloss.data.masks import Masks
 
     g = torch.Generator().manual_seed(seed)
     maps = torch.randn(images, units, CELLS, CELLS, generator=g)
@@ -37,7 +37,8 @@ def batch(images: int, units: int, seed: int):
 
 def one_pass(images: int, units: int, rules: int, threshold: float = THRESHOLDS[0]):
     """Seconds, the counts of the first rule and the share of pixels that are on."""
-    from netgloss.metrics.dissection import Dissection, Vocabulary
+    from netgloss.data.masks import Vocabulary
+    from netgloss.metrics.dissection.detectors import Dissection
 
     thresholds = torch.full((rules, units), threshold)
     metric = Dissection(thresholds, Vocabulary(tuple(map(str, range(LABELS)))), grid=GRID)
@@ -67,8 +68,9 @@ def unit_loop(images: int, units: int, some: int):
 def real(path: str, layer: str, images: int, some: int = 32) -> list[dict[str, float]]:
     """One pass and the unit loop over a layer's own channels, each on in the same share of the cells."""
     from netgloss.activations import Store
-    from netgloss.metrics.dissection import Dissection, Vocabulary
-    from netgloss.metrics.dissection_rates import rate_thresholds
+    from netgloss.data.masks import Vocabulary
+    from netgloss.metrics.dissection.detectors import Dissection
+    from netgloss.metrics.dissection.rates import rate_thresholds
 
     maps = torch.from_numpy(Store.open(path).read(layer, range(images))).float()
     masks = [batch(20, 1, start)[1] for start in range(0, images, 20)]
@@ -112,8 +114,8 @@ def unit_image_loop(images: int, units: int, some: int) -> float:
 
 
 def permutation(images: int, units: int) -> float:
-    from netgloss.metrics.dissection import Vocabulary
-    from netgloss.metrics.dissection_significance import permutation_test
+    from netgloss.data.masks import Vocabulary
+    from netgloss.metrics.dissection.significance import permutation_test
 
     maps, masks = batch(images, units, 0)
     chosen = torch.arange(units) % LABELS
@@ -159,8 +161,8 @@ def step(features: int, repeat: int = 15) -> dict[str, float]:
 
 def blocks_test(images: int, units: int) -> None:
     """The permutation test as ``evaluation.dissect.significance`` streams it: a block of images after the other."""
-    from netgloss.metrics.dissection import Vocabulary
-    from netgloss.metrics.dissection_significance import PermutationTest, blocks_of
+    from netgloss.data.masks import Vocabulary
+    from netgloss.metrics.dissection.significance import PermutationTest, blocks_of
 
     vocabulary = Vocabulary(tuple(map(str, range(LABELS))))
     test = PermutationTest(torch.full((units,), 2.0), torch.arange(units) % LABELS, vocabulary)

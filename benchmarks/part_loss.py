@@ -104,7 +104,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(memory_mb(sys.argv[1]))
         return
-    from netgloss.run import versions
+    from netgloss.runs.run import versions
 
     memory = {
         name: float(subprocess.run([sys.executable, __file__, name], check=True, capture_output=True).stdout)

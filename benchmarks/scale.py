@@ -340,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "page"])
     options = parser.parse_args()
-    from netgloss.run import versions
+    from netgloss.runs.run import versions
 
     file = HERE / "scale.json"
     record = json.loads(file.read_text()) if file.exists() else {}

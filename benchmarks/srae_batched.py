@@ -27,7 +27,7 @@ import torch
 from netgloss.explainers._srae_modules import hidden_widths
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.srae import SRAE, SRAEConfig
-from netgloss.run import versions
+from netgloss.runs.run import versions
 
 HERE = Path(__file__).parent
 

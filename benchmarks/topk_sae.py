@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.topk_sae import TopKSAE, TopKSAEConfig
-from netgloss.run import versions
+from netgloss.runs.run import versions
 
 HERE = Path(__file__).parent
 C, K, TOP_K, LR = 512, 2048, 32, 1e-3

@@ -34,8 +34,8 @@ def main() -> None:
     options = parser.parse_args()
 
     import netgloss
-    from netgloss.pipeline import explain
-    from netgloss.run import versions
+    from netgloss.runs.run import versions
+    from netgloss.workflows.explain import explain
 
     classifier = netgloss.load_classifier(options.model, checkpoint=options.checkpoint)
     train = netgloss.open_images(data / "data" / "imagenette" / "train")

@@ -46,7 +46,7 @@ def main() -> None:
     name = options.model.split(":")[-1]
 
     from netgloss.classifiers import load_classifier
-    from netgloss.run import versions
+    from netgloss.runs.run import versions
 
     checkpoint = None if options.random_weights or name == "critters" else data / "weights" / f"{name}.pth"
     classifier = load_classifier(options.model, checkpoint=checkpoint, random_weights=options.random_weights)
@@ -84,8 +84,8 @@ def rounded(value: Any) -> Any:
 def annotated(data: Path, store: Path, layer: str, part: str, classifier: Any) -> Any:
     """Car Parts' images of one folder with their masks (part18)."""
     from netgloss.activations import Store
+    from netgloss.activations.annotated import MaskedLayer
     from netgloss.data import open_images
-    from netgloss.evaluation.dissect import MaskedLayer
 
     if classifier.name == "critters":
         source = open_images("critters:800" if part == "train" else "critters:200,seed=1")
@@ -147,7 +147,7 @@ class Study:
             self.controls(bases[0])
 
     def _fitted(self, variant: str) -> list[Any]:
-        from netgloss.saved import load_explainer
+        from netgloss.runs.saved import load_explainer
 
         return [load_explainer(path) for path in sorted(self.options.fits.glob(f"{variant}-[0-9].safetensors"))]
 
@@ -231,7 +231,7 @@ class Study:
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
     def joint(self, explainer: Any, found: Any) -> dict[str, float]:
-        from netgloss.metrics.dissection_joint import joint_behaviour
+        from netgloss.metrics.dissection.joint import joint_behaviour
 
         with torch.no_grad():
             batches = (
@@ -254,7 +254,7 @@ class Study:
 
     def controls(self, basis: Any) -> None:
         """Masks of another image; a mask in the middle of every image."""
-        from netgloss.metrics.dissection import Dissection
+        from netgloss.metrics.dissection.detectors import Dissection
 
         rule = f"rate:{self.rate:g}"
         shuffled = copy.copy(self.score)

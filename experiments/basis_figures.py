@@ -60,7 +60,7 @@ def contours(record: dict[str, Any], fits: Path, score: Any, classifier: Any) ->
     """The best detector of each of the six best labels of ``default`` seed 0: its two strongest score images."""
     from netgloss.data import open_images
     from netgloss.figures.dissection import concept_contours, detector_caption
-    from netgloss.saved import load_explainer
+    from netgloss.runs.saved import load_explainer
 
     basis = load_explainer(fits / "default-0.safetensors")
     chosen = [row for row in record["detectors"]["default"] if row["significant"]][:6]  # the best of each label

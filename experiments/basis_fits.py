@@ -52,8 +52,8 @@ def main() -> None:
     from netgloss.activations import Store
     from netgloss.classifiers import load_from_spec
     from netgloss.explainers.names import find_explainer
-    from netgloss.fitting import open_stream
     from netgloss.training import build_explainer, fit
+    from netgloss.training.inputs import open_stream
 
     store = Store.open(options.store)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ class Permuted:
 
 
 def save(explainer: Any, method: str, seed: int, path: Path) -> None:
-    """What ``netgloss.saved.load_explainer`` reads."""
+    """What ``netgloss.runs.saved.load_explainer`` reads."""
     from safetensors.torch import save_file
 
     header = {

@@ -37,10 +37,10 @@ def main() -> None:
     data = Path(os.environ.get("NETGLOSS_DATA", "../shared"))
     name = options.model.split(":")[-1]
 
+    from netgloss.activations.layer import make_tail
     from netgloss.classifiers import load_classifier
-    from netgloss.fitting import make_tail
-    from netgloss.run import versions
-    from netgloss.saved import load_explainer
+    from netgloss.runs.run import versions
+    from netgloss.runs.saved import load_explainer
     from netgloss.training import ActivationStream
 
     checkpoint = None if name == "critters" else data / "weights" / f"{name}.pth"
@@ -86,14 +86,14 @@ class Influence:
 
     def scores(self, directions: torch.Tensor, alpha: float) -> torch.Tensor:
         """(I, 5)."""
-        from netgloss.metrics.dissection_influence import sensitivity
+        from netgloss.metrics.dissection.influence import sensitivity
 
         return sensitivity(self.whole, self.activation, directions, alpha)[:, self.classes]
 
     def null(self, stream: Any, rate: float, number: int) -> torch.Tensor:
         """(N, 5) sensitivities at alpha 2 of the signal vectors of random rotations whose mean on-rate is ``rate``."""
         from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
-        from netgloss.metrics.dissection_rates import shared_thresholds
+        from netgloss.metrics.dissection.rates import shared_thresholds
 
         vectors: list[torch.Tensor] = []
         seed = 500
@@ -110,7 +110,7 @@ class Influence:
         return self.scores(torch.cat(vectors)[:number], 2.0)
 
     def of_basis(self, basis: Any, null: torch.Tensor) -> dict[str, Any]:
-        from netgloss.metrics.dissection_influence import influence_test, random_of_equal_length, removal
+        from netgloss.metrics.dissection.influence import influence_test, random_of_equal_length, removal
 
         signal, decoding = basis.signal_vectors, basis.dictionary
         filters = basis.filters()[0] * basis.log_margin.detach().exp()

@@ -32,9 +32,9 @@ from cladec_parts import (
 from fashion_mnist_classifier import accuracy, fashion, train_classifier
 
 import netgloss
-from netgloss.decoding.reference import FreshEncoder
+from netgloss.classifiers.fresh_encoder import FreshEncoder
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
-from netgloss.metrics.pixel_deletion import (
+from netgloss.metrics.faithfulness.pixel_deletion import (
     corrected_relevance,
     decoded_relevance,
     deletion,

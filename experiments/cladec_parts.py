@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from netgloss.classifiers import Classifier, Taps
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
-from netgloss.fitting import logits_of_images
 from netgloss.metrics.attributes import probe_attributes
+from netgloss.training.inputs import logits_of_images
 
 
 @dataclass

@@ -36,13 +36,13 @@ from torch import Tensor
 
 import netgloss
 from netgloss.classifiers import Classifier, Tail, Taps
+from netgloss.classifiers.fresh_encoder import FreshEncoder
 from netgloss.data import ArraySource, match_classes
-from netgloss.decoding.concepts import ConceptDecoder, Manifold, visibility
-from netgloss.decoding.reference import FreshEncoder
 from netgloss.explainers.base import to_rows
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
 from netgloss.explainers.names import find_explainer
-from netgloss.fitting import pixel_reader
+from netgloss.explanations.decoded_concepts import ConceptDecoder, Manifold, visibility
+from netgloss.training.inputs import pixel_reader
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("NETGLOSS_DATA", "../shared"))

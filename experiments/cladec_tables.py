@@ -17,7 +17,7 @@ from typing import Any
 from cladec_fashion import ALPHAS, TRAINED, UNITS
 from cladec_parts import spread
 
-from netgloss.run import versions
+from netgloss.runs.run import versions
 
 HERE = Path(__file__).parent
 REPLICATION = (
@@ -192,7 +192,7 @@ def figures(work: Path, checkpoint: Path) -> None:
     from cladec_parts import rec
     from fashion_mnist_classifier import NAMES
 
-    from netgloss.decoding.judge import Pictures, caption, make_triples
+    from netgloss.evaluation.decoded import Pictures, caption, make_triples
     from netgloss.figures import alpha_strip, decoded_triples
 
     world = Fashion(checkpoint, work)

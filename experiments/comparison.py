@@ -98,8 +98,10 @@ def _even(source, count: int):
 
 def run(cell: str, work: Path, methods: str) -> None:
     import netgloss
-    from netgloss.comparison import CompareOptions, FaithfulnessOptions
-    from netgloss.pipeline import open_sources, store_info
+    from netgloss.data.sources import open_sources
+    from netgloss.evaluation.faithful import FaithfulnessOptions
+    from netgloss.workflows.capture import store_info
+    from netgloss.workflows.compare import CompareOptions
 
     network, layer, images = cell.split("-")
     classifier = netgloss.load_classifier(f"torchvision:{network}", checkpoint=DATA / "weights" / f"{network}.pth")
@@ -131,7 +133,7 @@ def run(cell: str, work: Path, methods: str) -> None:
 
 
 def write(work: Path) -> None:
-    from netgloss.comparison import Comparison
+    from netgloss.report.comparison import Comparison
 
     there = [cell for cell in cells() if (work / cell / "comparison.json").exists()]
     found = {cell: Comparison.load(work / cell) for cell in there}

@@ -26,12 +26,12 @@ import netgloss
 from netgloss.activations import image_batches
 from netgloss.adversarial import PixelClassifier, assign_targets, attack_in_batches, pgd
 from netgloss.classifiers import Classifier, Taps
-from netgloss.metrics.affinity import class_affinity
 from netgloss.metrics.base import interval
-from netgloss.metrics.consistency import Units, consistency, responses
-from netgloss.metrics.consistency_adversarial import compare, compare_fooled, cosines_by_bin
-from netgloss.metrics.consistency_companions import kernel_agreement
-from netgloss.run import versions
+from netgloss.metrics.consistency.affinity import class_affinity
+from netgloss.metrics.consistency.companions import kernel_agreement
+from netgloss.metrics.consistency.under_attack import compare, compare_fooled, cosines_by_bin
+from netgloss.metrics.consistency.units import Units, consistency, responses
+from netgloss.runs.run import versions
 
 HERE = Path(__file__).parent
 RECORD = HERE / "consistency-ambiguity.json"

@@ -25,14 +25,14 @@ import torch
 
 import netgloss
 from netgloss.adversarial import PixelClassifier
+from netgloss.adversarial.affinity_choice import AffinityChoice
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
+from netgloss.adversarial.probe import AttackChoice, LayerResult, attack_probe, measure_layers, network_mean
 from netgloss.classifiers import Classifier, Tail, Taps
-from netgloss.consistency.affinity import AffinityChoice
-from netgloss.consistency.probe import AttackChoice, LayerResult, attack_probe, measure_layers, network_mean
 from netgloss.data import match_classes
 from netgloss.metrics.base import interval
-from netgloss.metrics.consistency_difference import agreement_with_units, detection_auroc, prediction_difference
-from netgloss.run import to_json, versions
+from netgloss.metrics.consistency.difference import agreement_with_units, detection_auroc, prediction_difference
+from netgloss.runs.run import to_json, versions
 
 HERE = Path(__file__).parent
 RECORD = HERE / "consistency-layers.json"

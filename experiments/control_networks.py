@@ -71,8 +71,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     import netgloss
-    from netgloss.comparison import CompareOptions, FaithfulnessOptions
-    from netgloss.run import versions
+    from netgloss.evaluation.faithful import FaithfulnessOptions
+    from netgloss.runs.run import versions
+    from netgloss.workflows.compare import CompareOptions
 
     options.work.mkdir(parents=True, exist_ok=True)
     accuracies = {}

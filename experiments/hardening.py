@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 import netgloss
+from netgloss.adversarial.affinity_choice import AffinityChoice
 from netgloss.adversarial.harden import HardenConfig
 from netgloss.adversarial.robustness import AttackPlan
-from netgloss.consistency.affinity import AffinityChoice
-from netgloss.consistency.harden_run import HardenPlan, harden_run
 from netgloss.data.sources import ArraySource
 from netgloss.metrics.base import interval
-from netgloss.run import read_json, to_json, versions
+from netgloss.runs.run import read_json, to_json, versions
+from netgloss.workflows.harden import HardenPlan, harden_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harden_fashion import CLASSES, arrays

@@ -102,9 +102,10 @@ def images_of(name: str, data: Path, *, annotated: bool = False) -> Any:
 def store_of(name: str, study: StudyOf, data: Path, runs: Path) -> tuple[Any, Any, Any]:
     """Classifier, joined images and their store with the layers above."""
     from netgloss.activations import CaptureOptions, capture
+    from netgloss.data.sources import open_sources
     from netgloss.explainers.parts import PartConfig, PartExplainer
-    from netgloss.fitting import upper_layers
-    from netgloss.pipeline import open_sources, store_info
+    from netgloss.training.inputs import upper_layers
+    from netgloss.workflows.capture import store_info
 
     classifier = classifier_of(study)
     source = open_sources(*images_of(name, data))
@@ -117,8 +118,8 @@ def store_of(name: str, study: StudyOf, data: Path, runs: Path) -> tuple[Any, An
 def fit_arms(options: argparse.Namespace) -> None:
     """Fits what is asked for and not there yet; an interrupted fit continues."""
     from netgloss.explainers.parts import PartConfig
-    from netgloss.pipeline import fit_run
     from netgloss.training import make_fabric
+    from netgloss.workflows.fit import fit_run
 
     study, runs = STUDIES[options.study], options.runs / options.study
     runs.mkdir(parents=True, exist_ok=True)

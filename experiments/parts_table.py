@@ -30,12 +30,10 @@ class Judge:
     def __init__(self, name: str, study: Any, data: Path, runs: Path) -> None:
         from parts import images_of, store_of
 
+        from netgloss.activations.annotated import MaskedLayer, split_annotated
+        from netgloss.activations.layer import class_labels, make_tail, split_store
         from netgloss.data import Joined
-        from netgloss.evaluation.dissect import MaskedLayer, split_annotated
         from netgloss.evaluation.locate import landmarks_of
-        from netgloss.evaluation.measure import class_labels
-        from netgloss.evaluation.run import split_store
-        from netgloss.fitting import make_tail
 
         self.study, self.runs = study, runs
         self.classifier, _, self.store = store_of(name, study, data, runs)
@@ -118,7 +116,7 @@ class Judge:
     def decisions(self, explainer: Any) -> dict[str, Any]:
         """Agreement, accuracy and relative errors from both tracks and from each alone; shares; dead maps; p."""
         from netgloss.explainers._part_watch import peak_counts
-        from netgloss.gloss.parts import way_shares
+        from netgloss.workflows.parts import way_shares
 
         ways = TRACKS if explainer.rest is not None else TRACKS[:1]
         decided: dict[str, list[Tensor]] = {name: [] for name, _ in ways}
@@ -179,7 +177,7 @@ def alike(peaks: Any, cell: list[float]) -> float:
 
 def write_table(name: str, study: Any, arms: dict[str, Any], data: Path, runs: Path) -> None:
     from netgloss.metrics.location import trivial_peaks
-    from netgloss.run import Run, versions
+    from netgloss.runs.run import Run, versions
 
     judge = Judge(name, study, data, runs)
     cache = runs / "judged.json"

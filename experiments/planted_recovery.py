@@ -27,7 +27,7 @@ from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.names import find_explainer
 from netgloss.metrics.recovery import recovery
-from netgloss.run import versions
+from netgloss.runs.run import versions
 from netgloss.training import build_explainer, fit
 
 HERE = Path(__file__).parent

@@ -27,20 +27,19 @@ from torch import Tensor
 
 import netgloss
 from netgloss.activations import Store
+from netgloss.activations.layer import class_labels, split_store
 from netgloss.data import ImageSource, open_annotations, place, to_grid
-from netgloss.evaluation.measure import class_labels
-from netgloss.evaluation.run import split_store
 from netgloss.explainers._class_scores import ClassScores
 from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.explainers.linear_head import LinearHead
 from netgloss.explainers.srae import SRAE
-from netgloss.gloss.heatmaps import concept_heatmaps
+from netgloss.explanations.heatmaps import concept_heatmaps
 from netgloss.metrics.explanation_space import class_space, normalised_errors
-from netgloss.metrics.importance import significant
+from netgloss.metrics.faithfulness.importance import significant
 from netgloss.metrics.localization import part_profile, part_shares
-from netgloss.pipeline import store_info
-from netgloss.run import versions
+from netgloss.runs.run import versions
 from netgloss.training import ActivationStream, build_explainer, fit
+from netgloss.workflows.capture import store_info
 
 HERE = Path(__file__).parent
 PARTS = {

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from netgloss.classifiers import imagenet_wnids
-from netgloss.metrics.taxonomy import CLOSURE, CLOSURE_SHA256, Taxonomy, read_data_noun
+from netgloss.metrics.consistency.taxonomy import CLOSURE, CLOSURE_SHA256, Taxonomy, read_data_noun
 
 DATA_NOUN_SHA256 = "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2"
 # airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck

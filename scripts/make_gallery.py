@@ -19,8 +19,10 @@ from typing import Any
 from PIL import Image
 
 from netgloss import figures
-from netgloss.pipeline import demo, show
-from netgloss.run import Run, versions, write_atomically
+from netgloss.report import write_report
+from netgloss.runs.run import Run, versions, write_atomically
+from netgloss.workflows.explain import demo
+from netgloss.workflows.show import show
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = [
@@ -40,7 +42,7 @@ def main() -> None:
     folder = DOCS / "gallery"
     with tempfile.TemporaryDirectory() as temporary:
         run = Run(given) if given else demo(Path(temporary) / "run")
-        run.write_report()
+        write_report(run)
         shutil.rmtree(folder, ignore_errors=True)
         lines = ["# Gallery", "", *introduction(run)]
         for name, text in [*pages(run, folder), *drawings(run, folder, Path(temporary))]:

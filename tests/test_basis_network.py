@@ -17,8 +17,8 @@ from netgloss.errors import UserError
 from netgloss.explainers._basis_losses import network_certainty
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
-from netgloss.pipeline import explain
 from netgloss.training import build_explainer, fit
+from netgloss.workflows.explain import explain
 
 
 class Rows:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from made_runs import HOSTILE, make_run, write
 from netgloss.report import build_report
-from netgloss.serve import Server
+from netgloss.workflows.serve import Server
 
 ROUTES = ["", "concepts", "concepts/1", "map", "classes", "classes/0", "images", "images/3", "mistakes", "scores"]
 ROUTES += ["scores/0", "method", "run", "concepts/99", "images/x", "nowhere"]

@@ -10,19 +10,23 @@ import torch
 from torch.nn.functional import interpolate
 
 from netgloss.activations import capture
+from netgloss.activations.layer import Layer, make_tail
 from netgloss.classifiers import Taps, load_classifier
+from netgloss.classifiers.fresh_encoder import FreshEncoder
 from netgloss.data import open_images
-from netgloss.decoding.judge import Pictures, decoded_scores
-from netgloss.decoding.reference import FreshEncoder
 from netgloss.errors import UserError
-from netgloss.evaluation.measure import Layer
-from netgloss.evaluation.run import evaluate_run
+from netgloss.evaluation.decoded import Pictures, decoded_scores
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
-from netgloss.fitting import make_tail, open_stream
 from netgloss.metrics.decoding import RecClaDec
-from netgloss.pipeline import explain, fit_run, show, store_info
-from netgloss.saved import load_explainer
+from netgloss.report import write_report
+from netgloss.runs.saved import load_explainer
 from netgloss.training import Checkpoint, FitOptions, build_explainer, fit
+from netgloss.training.inputs import open_stream
+from netgloss.workflows.capture import store_info
+from netgloss.workflows.evaluate import evaluate_run
+from netgloss.workflows.explain import explain
+from netgloss.workflows.fit import fit_run
+from netgloss.workflows.show import show
 
 LAYER = "block4"
 FAST = {"size": 16, "steps": 30, "batch_size": 16, "width": 8}
@@ -227,7 +231,7 @@ def test_without_the_images_nothing_is_judged_and_that_is_said(classifier, sourc
     evaluate_run(run, store=store, classifier=classifier)
     assert run.scores == []
     assert any("were not judged" in warning for warning in run.manifest["warnings"])
-    run.write_report()
+    write_report(run)
 
 
 def test_relevant_units_come_from_the_tail(classifier, source, store):

@@ -35,7 +35,7 @@ def test_what_the_class_needs_is_kept_and_the_rest_is_not(relevant: str, irrelev
     from fashion_mnist_classifier import train_classifier
 
     from netgloss.classifiers import Classifier, Preprocessing
-    from netgloss.decoding.reference import FreshEncoder
+    from netgloss.classifiers.fresh_encoder import FreshEncoder
     from netgloss.explainers.cladec import ClaDecConfig
 
     parts = []

@@ -15,13 +15,16 @@ from torch import Tensor
 
 import netgloss
 from netgloss.cli import main
-from netgloss.comparison import CompareOptions, Comparison, FaithfulnessOptions, compare
-from netgloss.comparison import judge as judging
-from netgloss.comparison.paired import Difference, Measured, difference
-from netgloss.comparison.result import _dictionary_verdict, _mark
 from netgloss.errors import UserError
+from netgloss.evaluation import judge as judging
+from netgloss.evaluation.faithful import FaithfulnessOptions
+from netgloss.evaluation.paired import Difference, Measured, difference
+from netgloss.evaluation.result import _dictionary_verdict, _mark
 from netgloss.metrics.base import ImageMetric, Score
-from netgloss.pipeline import fit_run, store_info
+from netgloss.report.comparison import Comparison
+from netgloss.workflows.capture import store_info
+from netgloss.workflows.compare import CompareOptions, compare
+from netgloss.workflows.fit import fit_run
 from test_cli import fails
 
 LITTLE = FaithfulnessOptions(images=4, importance_images=2, steps=3, shapley_pairs=2, sobol_points=2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from netgloss.comparison.faithful import (
+from netgloss.evaluation.faithful import (
     FAITHFULNESS,
     RANDOM_RANKING,
     ConceptShapSpread,
@@ -19,9 +19,9 @@ from netgloss.comparison.faithful import (
 )
 from netgloss.explainers._rows import LinearExplainer
 from netgloss.explainers.base import ExplainerConfig, LayerSpec
-from netgloss.metrics.completeness import completeness_value
-from netgloss.metrics.masking import masked_logits, through
-from netgloss.metrics.shapley import exact_shapley
+from netgloss.metrics.faithfulness.completeness import completeness_value
+from netgloss.metrics.faithfulness.masking import masked_logits, through
+from netgloss.metrics.faithfulness.shapley import exact_shapley
 
 K, C, L = 3, 4, 5
 

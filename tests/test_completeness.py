@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.metrics.completeness import Completeness, completeness, completeness_value
+from netgloss.metrics.faithfulness.completeness import Completeness, completeness, completeness_value
 
 
 def answers(*classes: int) -> Tensor:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
-from netgloss.metrics.concept_deletion import (
+from netgloss.metrics.faithfulness.concept_deletion import (
     ConceptDeletion,
     deletion_scores,
     random_importance,
     ranked_curve,
     ranked_masks,
 )
-from netgloss.metrics.importance import contributions
-from netgloss.metrics.masking import Value, class_value, linear_value, masked_logits, through
+from netgloss.metrics.faithfulness.importance import contributions
+from netgloss.metrics.faithfulness.masking import Value, class_value, linear_value, masked_logits, through
 
 
 class Itself(Explainer):

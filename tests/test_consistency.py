@@ -11,9 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from netgloss.errors import UserError
-from netgloss.metrics.affinity import KERNELS, class_affinity, kernel_affinity, least_eigenvalue
 from netgloss.metrics.base import image_metrics
-from netgloss.metrics.consistency import (
+from netgloss.metrics.consistency.affinity import KERNELS, class_affinity, kernel_affinity, least_eigenvalue
+from netgloss.metrics.consistency.companions import (
+    best_subtree,
+    consistency_by_depth,
+    half_reliability,
+    kernel_agreement,
+)
+from netgloss.metrics.consistency.difference import (
+    agreement_with_units,
+    detection_auroc,
+    prediction_difference,
+    strongest_units,
+)
+from netgloss.metrics.consistency.null import (
+    benjamini_hochberg,
+    cosine_chance,
+    null_p_values,
+    random_orders,
+    simulated_cosine_chance,
+)
+from netgloss.metrics.consistency.taxonomy import CLOSURE, Taxonomy, read_closure, read_taxonomy, wordnet
+from netgloss.metrics.consistency.under_attack import compare, compare_fooled, cosines_by_bin
+from netgloss.metrics.consistency.units import (
     STATUS,
     Responses,
     Units,
@@ -25,27 +46,6 @@ from netgloss.metrics.consistency import (
     top_set_size,
     top_sets,
 )
-from netgloss.metrics.consistency_adversarial import compare, compare_fooled, cosines_by_bin
-from netgloss.metrics.consistency_companions import (
-    best_subtree,
-    consistency_by_depth,
-    half_reliability,
-    kernel_agreement,
-)
-from netgloss.metrics.consistency_difference import (
-    agreement_with_units,
-    detection_auroc,
-    prediction_difference,
-    strongest_units,
-)
-from netgloss.metrics.consistency_null import (
-    benjamini_hochberg,
-    cosine_chance,
-    null_p_values,
-    random_orders,
-    simulated_cosine_chance,
-)
-from netgloss.metrics.taxonomy import CLOSURE, Taxonomy, read_closure, read_taxonomy, wordnet
 
 DATA = CLOSURE.parent
 CIFAR10 = (DATA / "wnids_cifar10.txt").read_text().split()

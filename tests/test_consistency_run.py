@@ -21,20 +21,21 @@ from torch import Tensor, nn
 from netgloss import figures
 from netgloss.adversarial import PixelClassifier, assign_targets, attack_in_batches, pgd
 from netgloss.adversarial.adaptive import adaptive_pgd
+from netgloss.adversarial.affinity_choice import AffinityChoice
 from netgloss.adversarial.pixels import load_pixels
+from netgloss.adversarial.probe import AttackChoice, attack_probe, measure_layers, network_mean
+from netgloss.adversarial.records import to_csv
+from netgloss.adversarial.unit_gallery import choose_units
 from netgloss.classifiers import Classifier, Tail, load_classifier
-from netgloss.consistency.affinity import AffinityChoice
-from netgloss.consistency.gallery import choose_units
-from netgloss.consistency.probe import AttackChoice, attack_probe, measure_layers, network_mean
-from netgloss.consistency.records import to_csv
-from netgloss.consistency.run import ConsistencyOptions, consistency_run
 from netgloss.data.sources import ArraySource, open_images
 from netgloss.errors import UserError
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.srae import SRAE, SRAEConfig
-from netgloss.metrics.consistency import Units, consistency, responses
-from netgloss.run import Run
+from netgloss.metrics.consistency.units import Units, consistency, responses
+from netgloss.report import write_report
+from netgloss.runs.run import Run
 from netgloss.training import build_explainer
+from netgloss.workflows.consistency import ConsistencyOptions, consistency_run
 
 CLASSES = ["<script>alert(1)</script>", "=cmd", "c"]
 
@@ -133,11 +134,11 @@ def test_run_folder_and_report(classifier: Classifier, tmp_path: Path) -> None:
     for part in ("true → target", "Trace of one image", "CS1", "Histograms of consis_cal", "random directions"):
         assert part in page, part
     (run.path / "report.html").unlink()
-    run.write_report()
+    write_report(run)
     assert (run.path / "report.html").read_text() == page
     (run.path / "result.json").write_text("{}")
     with pytest.raises(UserError, match="fields of a consistency run"):
-        run.write_report()
+        write_report(run)
     with pytest.raises(UserError, match="another run"):
         consistency_run(classifier, pictures(), ["conv"], out=run.path, attack=attack, options=SMALL)
 
@@ -167,7 +168,7 @@ def test_too_few_images_are_told_before_the_attack(
     def attacked(*unused: Any, **also: Any) -> None:
         raise AssertionError("the attack ran first")
 
-    monkeypatch.setattr("netgloss.consistency.run.attack_probe", attacked)
+    monkeypatch.setattr("netgloss.workflows.consistency.attack_probe", attacked)
     with pytest.raises(UserError, match=r"smallest class of the probe set has 19 images.*--k"):
         consistency_run(classifier, pictures(19), ["relu"], out=tmp_path / "run", options=SMALL)
 
@@ -183,12 +184,12 @@ def test_an_interrupted_attack_goes_on(classifier: Classifier, tmp_path: Path, m
             raise KeyboardInterrupt
         return attack_in_batches(how, pixels, x, *rest, **options)
 
-    monkeypatch.setattr("netgloss.consistency.probe.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("netgloss.consistency.probe.attack_in_batches", partial(counted, stop=3))
+    monkeypatch.setattr("netgloss.adversarial.probe.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("netgloss.adversarial.probe.attack_in_batches", partial(counted, stop=3))
     with pytest.raises(KeyboardInterrupt):
         consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
     made.clear()
-    monkeypatch.setattr("netgloss.consistency.probe.attack_in_batches", counted)
+    monkeypatch.setattr("netgloss.adversarial.probe.attack_in_batches", counted)
     run = consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
     assert sum(made) == 75 - 2 * 32
     kill_after_the_attack(classifier, attack, tmp_path / "late", monkeypatch)
@@ -212,7 +213,7 @@ def kill_after_the_attack(
 
     given: dict[str, Any] = {"out": out, "attack": attack, "options": SMALL}
     with monkeypatch.context() as patch:
-        patch.setattr("netgloss.consistency.run.measure_layers", interrupted)
+        patch.setattr("netgloss.workflows.consistency.measure_layers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             consistency_run(classifier, pictures(), ["relu"], **given)
     assert consistency_run(classifier, pictures(), ["relu"], **given).manifest["status"] == "complete"
@@ -220,7 +221,8 @@ def kill_after_the_attack(
 
 def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     from netgloss.activations import capture
-    from netgloss.pipeline import demo, fit_run
+    from netgloss.workflows.explain import demo
+    from netgloss.workflows.fit import fit_run
 
     explained = demo(tmp_path / "demo", num_images=60)
     options = ConsistencyOptions(null_draws=0, difference_images=4, shown_units=1, shown_images=1, k=10)
@@ -404,7 +406,7 @@ def test_affinity_sources(classifier: Classifier, tmp_path: Path) -> None:
 
 def test_adaptive_attack_raises_the_agreement(classifier: Classifier) -> None:
     """Units that agree with the target are what the attacker pays for: s of its images is not below plain PGD's."""
-    from netgloss.metrics.consistency_difference import agreement_with_units, prediction_difference
+    from netgloss.metrics.consistency.difference import agreement_with_units, prediction_difference
 
     data = load_pixels(classifier, pictures(8))
     pixels = PixelClassifier.of(classifier)
@@ -461,7 +463,7 @@ def test_mistakes(classifier: Classifier, tmp_path: Path) -> None:
         consistency_run(classifier, pictures(5), ["relu"], out=tmp_path / "b", attack=AttackChoice("none"))
     assert not (tmp_path / "a").exists()
     with pytest.raises(UserError, match="is not finished"):
-        Run(tmp_path / "b").write_report()
+        write_report(Run(tmp_path / "b"))
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

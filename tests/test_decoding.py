@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from netgloss.decoding.concepts import ConceptDecoder, Manifold, visibility
-from netgloss.decoding.visible import show_concepts
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
 from netgloss.explainers.natural_axes import NaturalAxes
+from netgloss.explanations.decoded_concepts import ConceptDecoder, Manifold, visibility
 from netgloss.figures import (
     READING,
     ConceptPictures,
@@ -29,7 +28,7 @@ from netgloss.figures import (
     neighbour_strip,
 )
 from netgloss.metrics.attributes import ATTRIBUTES, attributes, probe_attributes
-from netgloss.metrics.pixel_deletion import (
+from netgloss.metrics.faithfulness.pixel_deletion import (
     corrected_relevance,
     decoded_relevance,
     deletion,
@@ -38,7 +37,9 @@ from netgloss.metrics.pixel_deletion import (
     paired_difference,
     trivial_orders,
 )
-from netgloss.pipeline import explain
+from netgloss.report import write_report
+from netgloss.workflows.decode import show_concepts
+from netgloss.workflows.explain import explain
 
 # -- T7: concepts made visible ----------------------------------------------------------------------------------------
 
@@ -302,11 +303,12 @@ def test_curves() -> None:
 
 
 def test_concepts_of_another_run_become_visible(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from netgloss.decoding import visible
+
     from netgloss.activations import Store
+    from netgloss.activations.layer import split_store
     from netgloss.classifiers import load_classifier
     from netgloss.data import open_images
-    from netgloss.decoding import visible
-    from netgloss.evaluation.run import split_store
 
     classifier, source = load_classifier("critters"), open_images("critters:50")
     common = {"seeds": 1, "device": "cpu", "store": tmp_path / "store"}
@@ -329,7 +331,7 @@ def test_concepts_of_another_run_become_visible(tmp_path, monkeypatch: pytest.Mo
         assert (run.path / told["alone"]).stat().st_size > 500
         assert told["low"] <= told["visibility"] <= told["high"]
         assert told["note"]
-    run.write_report()
+    write_report(run)
     with pytest.raises(UserError, match="are not the images whose activations"):
         show_concepts(run, decoder, store=store, source=open_images("critters:50,seed=9"), classifier=classifier)
     with pytest.raises(UserError, match="not a decoder"):

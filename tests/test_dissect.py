@@ -10,16 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from netgloss.activations.annotated import MaskedLayer, mask_grid, split_annotated
 from netgloss.activations.key import StoreInfo, StoreKey
 from netgloss.activations.store import Store
 from netgloss.classifiers import Preprocessing
 from netgloss.data import ImageAnnotation, open_images
 from netgloss.errors import UserError
-from netgloss.evaluation.dissect import MaskedLayer, dissect, mask_grid, significance, split_annotated
-from netgloss.evaluation.dissect_run import matched_rule
+from netgloss.evaluation.dissect import dissect, significance
 from netgloss.explainers.base import LayerSpec, to_rows
 from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
 from netgloss.explainers.supervised_basis import SupervisedBasis, SupervisedBasisConfig
+from netgloss.workflows.annotate import matched_rule
 
 SIDE, CELLS = 32, 8
 
@@ -212,9 +213,10 @@ def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     """The whole way on the shipped network: scores beside controls at the same rate, one record a concept."""
     from netgloss.activations import Store, capture
     from netgloss.classifiers import load_classifier
-    from netgloss.evaluation.dissect_run import dissect_run
-    from netgloss.pipeline import fit_run, store_info
-    from netgloss.run import Run
+    from netgloss.runs.run import Run
+    from netgloss.workflows.annotate import dissect_run
+    from netgloss.workflows.capture import store_info
+    from netgloss.workflows.fit import fit_run
 
     classifier, source = load_classifier("critters"), open_images("critters:30")
     capture(classifier, source, ["block5"], tmp_path / "s", info=store_info(classifier, source))

@@ -9,20 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from netgloss.data.masks import Masks, Vocabulary
 from netgloss.errors import UserError
 from netgloss.metrics import dissection_overlaps
-from netgloss.metrics.dissection import (
-    Detectors,
-    Dissection,
-    Masks,
-    Vocabulary,
-    basis_interpretability,
-    sum_of_best,
-)
-from netgloss.metrics.dissection_joint import joint_behaviour
-from netgloss.metrics.dissection_overlaps import overlaps, upsample
-from netgloss.metrics.dissection_rates import extent, on_rates, rate_thresholds, shared_thresholds
-from netgloss.metrics.dissection_significance import PermutationTest, blocks_of, permutation_test
+from netgloss.metrics.dissection.detectors import Detectors, Dissection, basis_interpretability, sum_of_best
+from netgloss.metrics.dissection.joint import joint_behaviour
+from netgloss.metrics.dissection.overlaps import overlaps, upsample
+from netgloss.metrics.dissection.rates import extent, on_rates, rate_thresholds, shared_thresholds
+from netgloss.metrics.dissection.significance import PermutationTest, blocks_of, permutation_test
 
 GRID = (4, 4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from netgloss.errors import UserError
-from netgloss.metrics.dissection_influence import influence_test, random_of_equal_length, removal, sensitivity
+from netgloss.metrics.dissection.influence import influence_test, random_of_equal_length, removal, sensitivity
 
 HEAD = torch.tensor([[1.0, -1.0], [0.0, 0.0], [0.5, 0.5]])  # feature 0 decides, 1 does nothing, 2 shifts both
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import netgloss
-from netgloss.run import Run
+from netgloss.runs.run import Run
 
 NETGLOSS = [sys.executable, "-m", "netgloss.cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29561", "-m",

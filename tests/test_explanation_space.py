@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from netgloss.errors import UserError
-from netgloss.gloss.heatmaps import concept_heatmaps
+from netgloss.explanations.heatmaps import concept_heatmaps
 from netgloss.metrics.base import image_metrics
 from netgloss.metrics.explanation_space import (
     LogitRMSE,

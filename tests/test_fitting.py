@@ -13,8 +13,9 @@ from netgloss.classifiers import Classifier, Taps, later_layers, load_classifier
 from netgloss.data import open_images
 from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, Explainer, TrainingConfig
-from netgloss.fitting import logits_of_images, open_stream, pixel_reader, upper_layers
-from netgloss.pipeline import explain, fit_run
+from netgloss.training.inputs import logits_of_images, open_stream, pixel_reader, upper_layers
+from netgloss.workflows.explain import explain
+from netgloss.workflows.fit import fit_run
 
 LAYER = "block4"
 

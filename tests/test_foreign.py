@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import netgloss
-from netgloss.comparison import FaithfulnessOptions, compare
-from netgloss.comparison.foreign import ForeignCodes, load_dictionary
-from netgloss.comparison.foreign_files import Arrays
 from netgloss.errors import UserError
+from netgloss.evaluation.faithful import FaithfulnessOptions
+from netgloss.evaluation.foreign import ForeignCodes, load_dictionary
+from netgloss.evaluation.foreign_files import Arrays
 from netgloss.explainers.base import Explainer, LayerSpec
-from netgloss.pipeline import fit_run, store_info
+from netgloss.workflows.capture import store_info
+from netgloss.workflows.compare import compare
+from netgloss.workflows.fit import fit_run
 
 C, K = 6, 4
 
@@ -255,7 +257,7 @@ def test_malformed_files(tmp_path: Path, write: Any, said: str) -> None:
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("netgloss.comparison.foreign_files.LIMIT", 1 << 20)
+    monkeypatch.setattr("netgloss.evaluation.foreign_files.LIMIT", 1 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("dictionary.npy", b"\0" * (2 << 20))
     with pytest.raises(UserError, match="unpacks to"):

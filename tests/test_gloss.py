@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from netgloss.evaluation.measure import LayerBatch
+from netgloss.activations.layer import LayerBatch
 from netgloss.explainers.base import ExplainerConfig, LayerSpec
 from netgloss.explainers.natural_axes import NaturalAxes
-from netgloss.gloss.mistakes import Mistake, find_mistakes, mistakes_record, shown_images
-from netgloss.gloss.removal import STRENGTHS, is_exact, removal_record, replay
-from netgloss.gloss.similarity import concept_map, nearest
-from netgloss.metrics.importance import Contributions, explain_class
+from netgloss.explanations.mistakes import Mistake, find_mistakes, mistakes_record, shown_images
+from netgloss.explanations.removal import STRENGTHS, is_exact, removal_record, replay
+from netgloss.explanations.similarity import concept_map, nearest
+from netgloss.metrics.faithfulness.importance import Contributions, explain_class
 
 
 def angles(*degrees: float) -> Tensor:

@@ -565,7 +565,7 @@ def test_units_are_matched_again() -> None:
 def test_checkpoint_loads_like_any_other(
     classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from netgloss.consistency.harden_run import HardenPlan, harden_run, load_hardened
+    from netgloss.workflows.harden import HardenPlan, harden_run, load_hardened
 
     plan = HardenPlan(arms=("clean", "consistent"), seeds=2, betas=(0.5, 2.0), k=4, v_steps=2, attack_images=9)
     attacks = AttackPlan(attack_steps=2, restarts=1, long_steps=3, feature_steps=2)
@@ -613,7 +613,7 @@ def test_checkpoint_loads_like_any_other(
     assert (out / "hardened-clean-seed0.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="another run"):
         harden_run(classifier, pictures(), pictures(8, seed=1), out=out, **{**options, "config": small(epochs=2)})
-    monkeypatch.setattr("netgloss.consistency.harden_run._Job.judge", pytest.fail)  # minutes, for nothing
+    monkeypatch.setattr("netgloss.workflows.harden._Job.judge", pytest.fail)  # minutes, for nothing
     with pytest.raises(UserError, match="has 1 training image"):
         harden_run(
             classifier, pictures(1), pictures(8, seed=1), out=tmp_path / "few", **{**options, "plan": HardenPlan(k=4)}
@@ -630,12 +630,12 @@ def test_a_judgement_is_not_taken_over_by_other_settings(
     classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the judgement of the original and the first checkpoint of an arm."""
-    from netgloss.consistency.harden_run import HardenPlan, harden_run
+    from netgloss.workflows.harden import HardenPlan, harden_run
 
     def killed(*unused: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr("netgloss.consistency.harden_run._Job.train_arm", killed)
+    monkeypatch.setattr("netgloss.workflows.harden._Job.train_arm", killed)
     given: dict[str, Any] = {
         "layer": "conv",
         "out": tmp_path / "run",

@@ -10,9 +10,9 @@ from netgloss.errors import UserError
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.pca import PCA, PCAConfig
 from netgloss.explainers.srae import SRAE, SRAEConfig
-from netgloss.gloss.excitation import excitation_heatmaps
-from netgloss.gloss.heatmaps import concept_heatmaps
-from netgloss.gloss.igos import optimised_heat, total_variation
+from netgloss.explanations.excitation import excitation_heatmaps
+from netgloss.explanations.heatmaps import concept_heatmaps
+from netgloss.explanations.igos import optimised_heat, total_variation
 
 
 def srae_of(features: int = 12, classes: tuple[str, ...] = ("0", "1"), *, bias: float = 0.1) -> SRAE:

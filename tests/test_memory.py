@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from netgloss.activations import CaptureOptions, capture
+from netgloss.activations.layer import Layer, make_tail
 from netgloss.classifiers import load_classifier
 from netgloss.data import open_images
 from netgloss.errors import UserError
-from netgloss.evaluation.measure import Layer, explainer_subject, measure
+from netgloss.evaluation.measure import explainer_subject, measure
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.names import find_explainer
-from netgloss.fitting import make_tail
 from netgloss.memory import Halving, is_out_of_memory
 from test_capture import Small, images
 

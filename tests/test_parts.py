@@ -11,15 +11,17 @@ from torch import nn
 
 from netgloss.activations import Store
 from netgloss.classifiers import Classifier, Taps, cut_section, later_layers, load_classifier
+from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
-from netgloss.evaluation.dissect_run import dissect_run
 from netgloss.explainers._part_watch import coinciding_peaks, mean_of_pairs, peak_counts, watch
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.parts import PartConfig, PartExplainer, choose_upper
-from netgloss.gloss.parts import strongest_images, way_shares, write_galleries
-from netgloss.pipeline import explain, open_sources, show
-from netgloss.run import Run
-from netgloss.saved import load_explainer
+from netgloss.runs.run import Run
+from netgloss.runs.saved import load_explainer
+from netgloss.workflows.annotate import dissect_run
+from netgloss.workflows.explain import explain
+from netgloss.workflows.parts import strongest_images, way_shares, write_galleries
+from netgloss.workflows.show import show
 from part_scenes import CHANNELS, SIDE, UPPER, ToyRows, ToySection, fit_toy, locked_share, scenes
 
 SPEC = LayerSpec("toy", (CHANNELS, SIDE, SIDE), True, 0, UPPER)

@@ -19,12 +19,12 @@ from PIL import Image
 from torch import nn
 
 import netgloss
+from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
 from netgloss.metrics import Score
-from netgloss.metrics.importance import contributions, significant
-from netgloss.pipeline import open_sources
-from netgloss.run import Run, read_history, to_json
-from netgloss.saved import load_explainer
+from netgloss.metrics.faithfulness.importance import contributions, significant
+from netgloss.runs.run import Run, read_history, to_json
+from netgloss.runs.saved import load_explainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORE_FIELDS = ["metric", "value", "low", "high", "baselines", "n", "seeds", "higher_is_better", "definition"]

@@ -10,7 +10,7 @@ import pytest
 
 import netgloss
 from netgloss.activations import Store, capture
-from netgloss.activations.places import open_group, place_of
+from netgloss.activations.locations import open_group, place_of
 from netgloss.classifiers import load_classifier
 from netgloss.errors import UserError
 

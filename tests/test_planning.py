@@ -8,7 +8,7 @@ import pytest
 
 from netgloss.cli import main
 from netgloss.cli.plan import duration, size
-from netgloss.planning import Job, Machine, Rates, plan
+from netgloss.workflows.plan import Job, Machine, Rates, plan
 
 RATES = Rates(
     forward=100.0,

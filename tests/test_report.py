@@ -18,10 +18,10 @@ from PIL import Image
 from made_runs import HOSTILE, SCRIPT, make_run, write
 from netgloss.errors import UserError
 from netgloss.report import build_report
-from netgloss.report.answers import model_name, verdict
 from netgloss.report.build import to_json
 from netgloss.report.glossary import method_text
-from netgloss.run import Run
+from netgloss.runs.run import Run
+from netgloss.runs.verdicts import model_name, verdict
 
 
 class Page(HTMLParser):

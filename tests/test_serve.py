@@ -20,8 +20,8 @@ from PIL import Image
 
 import netgloss
 from netgloss.errors import UserError
-from netgloss.run import Run
-from netgloss.serve import MAX_BYTES, Server, UploadExplainer, make_server
+from netgloss.runs.run import Run
+from netgloss.workflows.serve import MAX_BYTES, Server, UploadExplainer, make_server
 
 BYTES = {"Content-Type": "application/octet-stream"}
 

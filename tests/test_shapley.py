@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.metrics.completeness import completeness_value
-from netgloss.metrics.importance import contributions
-from netgloss.metrics.masking import class_value
-from netgloss.metrics.shapley import exact_shapley, sampled_shapley, shapley
-from netgloss.metrics.sobol import sobol_total
+from netgloss.metrics.faithfulness.completeness import completeness_value
+from netgloss.metrics.faithfulness.importance import contributions
+from netgloss.metrics.faithfulness.masking import class_value
+from netgloss.metrics.faithfulness.shapley import exact_shapley, sampled_shapley, shapley
+from netgloss.metrics.faithfulness.sobol import sobol_total
 
 
 def table_game(k: int, *shape: int, seed: int = 0) -> tuple[Tensor, object]:

@@ -10,8 +10,8 @@ from scipy import stats
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.metrics.importance_agreement import importance_agreement, rank_correlation
-from netgloss.metrics.sobol import sobol_total
+from netgloss.metrics.faithfulness.importance_agreement import importance_agreement, rank_correlation
+from netgloss.metrics.faithfulness.sobol import sobol_total
 
 
 def close(value: object, expected: list[float], **options: int) -> None:

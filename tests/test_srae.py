@@ -26,7 +26,7 @@ from netgloss.explainers._srae_modules import (
 )
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.srae import SRAE, SRAEConfig
-from netgloss.metrics.importance import explain_class
+from netgloss.metrics.faithfulness.importance import explain_class
 from netgloss.training import ActivationStream, FitOptions, build_explainer, fit
 
 
@@ -412,7 +412,7 @@ def test_pooled_means_the_mean_over_the_grid(tmp_path: Path) -> None:
 def test_the_evaluation_sees_the_pooled_activation(tmp_path: Path, grid: tuple[int, ...]) -> None:
     from types import SimpleNamespace
 
-    from netgloss.evaluation.measure import Layer
+    from netgloss.activations.layer import Layer
 
     values = torch.rand(5, 4, *grid)
     store = make_store(tmp_path / "s", values, torch.rand(5, 4))

@@ -14,7 +14,7 @@ import pytest
 from netgloss.activations.key import StoreInfo, StoreKey, estimate_bytes, stored_shape
 from netgloss.activations.store import Store
 from netgloss.errors import UserError
-from netgloss.run import write_atomically
+from netgloss.runs.run import write_atomically
 
 KEY = StoreKey(weights_hash="w" * 64, preprocessing={"size": [8, 8]}, layers=("a", "b.c"), data_fingerprint="d" * 64)
 SHAPES = {"a": (3, 2, 2), "b.c": (5,)}

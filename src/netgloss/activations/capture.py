@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from netgloss.activations.key import StoreInfo, StoreKey, estimate_bytes, stored_shape
-from netgloss.activations.places import is_taken, place_of, remove_leftovers
+from netgloss.activations.locations import is_taken, place_of, remove_leftovers
 from netgloss.activations.store import Store
 from netgloss.errors import UserError
 from netgloss.memory import Halving

@@ -13,7 +13,7 @@ Layout (N images, chunked along images, one chunk grid for all arrays)::
 
 Every chunk carries a crc32c, and missing float chunks read as NaN, so that damage is found and never read as data. The
 group's attributes hold the :class:`StoreKey`, whose hash is the store's address: opening a store with another key is an
-error that names the field, never a silent reuse. This file and ``netgloss.run`` are the only ones that write files.
+error that names the field, never a silent reuse. Files are written here and in ``netgloss.runs`` only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from netgloss.activations.key import StoreInfo, StoreKey, estimate_bytes, stored_shape
-from netgloss.activations.places import Place, is_taken, open_group, place_of, writing_to
+from netgloss.activations.locations import Place, is_taken, open_group, place_of, writing_to
 from netgloss.errors import UserError, nearest
 
 FORMAT_VERSION = 1

@@ -22,7 +22,7 @@ from torch import Tensor
 from netgloss.adversarial.crafting import AttackResult, Ids, PixelClassifier, crafting, gradient, project, random_start
 from netgloss.classifiers.taps import Taps
 from netgloss.errors import UserError
-from netgloss.metrics.consistency_difference import prediction_difference
+from netgloss.metrics.consistency.difference import prediction_difference
 
 
 def adaptive_pgd(

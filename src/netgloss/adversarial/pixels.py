@@ -17,7 +17,7 @@ from torch import Tensor
 from netgloss.activations.capture import PreparedImages
 from netgloss.data import match_classes
 from netgloss.errors import UserError
-from netgloss.metrics.consistency import stratified
+from netgloss.metrics.consistency.units import stratified
 from netgloss.progress import Progress, Silent
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from netgloss.cli.flags import FLAT
 from netgloss.cli.terminal import is_main_process
-from netgloss.cli.verbs import FLAT, VERBS
+from netgloss.cli.verbs import VERBS
 from netgloss.errors import UserError, nearest, one_line
 
 _WITH_METHOD = ("explain", "fit")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from netgloss.cli.flags import FLAT, Device, Model
 from netgloss.cli.terminal import Bars, command_line, console
-from netgloss.cli.verbs import FLAT, Device, Model
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
-    from netgloss.comparison import Comparison
+    from netgloss.report.comparison import Comparison
 
 _SHOWN = (
     "r2",
@@ -109,7 +109,8 @@ class Compare:
     device: Device = "auto"
 
     def run(self) -> None:
-        from netgloss.comparison import CompareOptions, FaithfulnessOptions, compare
+        from netgloss.evaluation.faithful import FaithfulnessOptions
+        from netgloss.workflows.compare import CompareOptions, compare
 
         classifier = self.model.load() if self.model.model else None
         if self.methods and classifier is None:
@@ -168,8 +169,8 @@ def _print(found: Comparison) -> None:
     """The table of the main scores; the page has all."""
     from rich.table import Table
 
-    from netgloss.comparison.report import SYMBOLS
     from netgloss.figures.style import number
+    from netgloss.report.comparison import SYMBOLS
 
     out = console()
     shown = [name for name in _SHOWN if name in found.metrics]

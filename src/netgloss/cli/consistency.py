@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from netgloss.cli.flags import FLAT, Device, Model
 from netgloss.cli.terminal import Bars, command_line, console, print_scores
-from netgloss.cli.verbs import FLAT, Device, Model
 
 
 @dataclass
@@ -30,17 +30,17 @@ class Consistency:
     @staticmethod
     def more() -> dict[str, type]:
         """The dataclasses whose fields are flags too, by the argument of :meth:`run`."""
-        from netgloss.consistency.affinity import AffinityChoice
-        from netgloss.consistency.probe import AttackChoice
-        from netgloss.consistency.run import ConsistencyOptions
+        from netgloss.adversarial.affinity_choice import AffinityChoice
+        from netgloss.adversarial.probe import AttackChoice
+        from netgloss.workflows.consistency import ConsistencyOptions
 
         return {"attack": AttackChoice, "affinity": AffinityChoice, "options": ConsistencyOptions}
 
     def run(self, **more: Any) -> None:
         from netgloss.classifiers import load_classifier
-        from netgloss.consistency.run import consistency_run
         from netgloss.data import open_images
-        from netgloss.evaluation.run import pick_device
+        from netgloss.training.fit import pick_device
+        from netgloss.workflows.consistency import consistency_run
 
         named = (name.partition("=") for name in self.also)
         also = [load_classifier(name, checkpoint=checkpoint or None) for name, _, checkpoint in named]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from netgloss.cli.flags import FLAT, Device, Model
 from netgloss.cli.terminal import Bars, command_line, console, print_scores
-from netgloss.cli.verbs import FLAT, Device, Model
 
 
 @dataclass
@@ -28,16 +28,16 @@ class Harden:
     @staticmethod
     def more() -> dict[str, type]:
         """The dataclasses whose fields are flags too, by the argument of :meth:`run`."""
+        from netgloss.adversarial.affinity_choice import AffinityChoice
         from netgloss.adversarial.harden import HardenConfig
         from netgloss.adversarial.robustness import AttackPlan
-        from netgloss.consistency.affinity import AffinityChoice
-        from netgloss.consistency.harden_run import HardenPlan
+        from netgloss.workflows.harden import HardenPlan
 
         return {"config": HardenConfig, "plan": HardenPlan, "attacks": AttackPlan, "affinity": AffinityChoice}
 
     def run(self, **more: Any) -> None:
-        from netgloss.consistency.harden_run import harden_run
         from netgloss.data import open_images
+        from netgloss.workflows.harden import harden_run
 
         with Bars() as bars:
             run = harden_run(

@@ -32,9 +32,9 @@ class Parts:
     """Show the maps as they are, without the mask around their peaks."""
 
     def run(self) -> None:
-        from netgloss.gloss.parts import write_galleries
-        from netgloss.pipeline import open_sources
-        from netgloss.run import Run
+        from netgloss.data.sources import open_sources
+        from netgloss.runs.run import Run
+        from netgloss.workflows.parts import write_galleries
 
         source = open_sources(self.images, self.eval_images)
         for path in write_galleries(

@@ -41,8 +41,8 @@ class Plan:
     """Number format of the activations on disk."""
 
     def run(self) -> None:
-        from netgloss import planning
         from netgloss.classifiers import load_classifier
+        from netgloss.workflows import plan as planning
 
         self._check()
         out = console()
@@ -113,7 +113,7 @@ class Plan:
 
 
 def _told(rates: object) -> list[tuple[str, str]]:
-    from netgloss.planning import Rates
+    from netgloss.workflows.plan import Rates
 
     assert isinstance(rates, Rates)
     return [

@@ -21,8 +21,8 @@ class Serve:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
     def run(self) -> None:
-        from netgloss.run import Run
-        from netgloss.serve import make_server
+        from netgloss.runs.run import Run
+        from netgloss.workflows.serve import make_server
 
         with make_server(Run(self.run_folder), port=self.port, device=self.device) as server:
             console().print(f"{server.address} shows the report and explains images; Ctrl-C ends it")

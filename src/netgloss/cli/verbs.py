@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from netgloss.cli.compare import Compare
+from netgloss.cli.consistency import Consistency
+from netgloss.cli.flags import FLAT, Device, Model, Processes
+from netgloss.cli.harden import Harden
 from netgloss.cli.parts import Parts
 from netgloss.cli.plan import Plan
 from netgloss.cli.serve import Serve
@@ -15,70 +19,7 @@ from netgloss.cli.terminal import Bars, bars_of, command_line, console, is_main_
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
     from netgloss.activations import CaptureOptions
-    from netgloss.classifiers import Classifier
-
-
-@dataclass
-class Model:
-    """Which classifier to explain."""
-
-    model: str
-    """timm:NAME, torchvision:NAME, path/to/file.py:factory, or critters (the network that ships with netgloss)."""
-    checkpoint: Path | None = None
-    """Weights: a .safetensors file or a PyTorch state dict (pickles with code are refused)."""
-    random_weights: bool = False
-    """Use random weights instead of the published pretrained ones (which are downloaded if there is no checkpoint)."""
-    class_names: Path | None = None
-    """Text file with one class name a line."""
-    num_classes: int | None = None
-    """Number of classes, where the architecture takes one and the checkpoint has another than its default."""
-    input_size: int | None = None
-    """Side of the network's input in pixels, where the model does not say it."""
-    mean: tuple[float, ...] | None = None
-    """Mean of each channel in [0, 1] that the input is normalised by."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation of each channel."""
-
-    def load(self) -> Classifier:
-        from netgloss.classifiers import load_classifier
-
-        return load_classifier(
-            self.model,
-            checkpoint=self.checkpoint,
-            random_weights=self.random_weights,
-            class_names=self.class_names,
-            num_classes=self.num_classes,
-            input_size=self.input_size,
-            mean=self.mean,
-            std=self.std,
-        )
-
-
-Device = Literal["auto", "cpu", "cuda", "mps"]
-
-
-@dataclass
-class Processes:
-    """Which device, and how many processes share the work."""
-
-    device: Device = "auto"
-    devices: int = 1
-    """Processes (GPUs, or CPU processes with --device cpu) on each machine that share the work."""
-    nodes: int = 1
-    """Machines; torchrun or Slurm starts the command on each."""
-
-    def launch(self, *, precision: str = "32-true") -> Fabric:
-        from netgloss.training import make_fabric
-
-        fabric = make_fabric(self.device, devices=self.devices, nodes=self.nodes, precision=precision)
-        fabric.launch()
-        return fabric
-
-
-FLAT = tyro.conf.arg(name="")  # its fields are flags without a prefix
 
 
 @dataclass
@@ -125,7 +66,8 @@ class Capture:
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self, options: CaptureOptions) -> None:
-        from netgloss.pipeline import open_sources, shared_capture
+        from netgloss.data.sources import open_sources
+        from netgloss.workflows.capture import shared_capture
 
         fabric = self.processes.launch()
         classifier = self.model.load().to(fabric.device)
@@ -159,7 +101,8 @@ class Fit:
 
     def run(self, method: str, config: Any) -> None:
         from netgloss.activations import Store
-        from netgloss.pipeline import fit_run, open_sources
+        from netgloss.data.sources import open_sources
+        from netgloss.workflows.fit import fit_run
 
         fabric = self.processes.launch(precision=self.precision)
         store = Store.open(self.store)
@@ -208,10 +151,10 @@ class Evaluate:
 
     def run(self) -> None:
         from netgloss.activations import Store
-        from netgloss.evaluation.dissect_run import dissect_run
-        from netgloss.evaluation.run import EvaluationOptions, evaluate_run
-        from netgloss.pipeline import open_sources
-        from netgloss.run import Run
+        from netgloss.data.sources import open_sources
+        from netgloss.runs.run import Run
+        from netgloss.workflows.annotate import dissect_run
+        from netgloss.workflows.evaluate import EvaluationOptions, evaluate_run
 
         fabric = self.processes.launch()
         source = open_sources(self.images, self.eval_images) if self.images else None
@@ -234,18 +177,20 @@ class Evaluate:
                 store = Store.open(run.store)
                 dissect_run(run, self.annotations, store=store, source=source, classifier=classifier, progress=bars)
             if self.decoder is not None:
-                from netgloss.decoding.visible import show_concepts
+                from netgloss.workflows.decode import show_concepts
 
                 classifier = run.classifier().to(fabric.device)
                 store = Store.open(run.store)
                 decoder = Run(self.decoder)
                 show_concepts(run, decoder, store=store, source=source, classifier=classifier, progress=bars)
             if self.faithfulness:
-                from netgloss.comparison import faithfulness_run
+                from netgloss.workflows.faithfulness import faithfulness_run
 
                 faithfulness_run(run, source=source, classifier=run.classifier().to(fabric.device), progress=bars)
+            from netgloss.report import write_report
+
             if adds and (run.path / "report.html").exists():
-                run.write_report()
+                write_report(run)
         print_scores(run)
 
 
@@ -256,9 +201,10 @@ class Report:
     run_folder: tyro.conf.Positional[Path]
 
     def run(self) -> None:
-        from netgloss.run import Run
+        from netgloss.report import write_report
+        from netgloss.runs.run import Run
 
-        console().print(str(Run(self.run_folder).write_report()))
+        console().print(str(write_report(Run(self.run_folder))))
 
 
 @dataclass
@@ -292,8 +238,8 @@ class Explain:
 
     def run(self, method: str, config: Any) -> None:
         from netgloss.activations import CaptureOptions
-        from netgloss.evaluation.run import EvaluationOptions
-        from netgloss.pipeline import explain
+        from netgloss.workflows.evaluate import EvaluationOptions
+        from netgloss.workflows.explain import explain
 
         with Bars() as bars:
             run = explain(
@@ -336,8 +282,8 @@ class Show:
     device: Device = "auto"
 
     def run(self) -> None:
-        from netgloss.pipeline import show
-        from netgloss.run import Run
+        from netgloss.runs.run import Run
+        from netgloss.workflows.show import show
 
         run = Run(self.run_folder)
         for path in show(run, self.images, out=self.out, top=self.top, heat=self.heat, device=self.device):
@@ -354,17 +300,13 @@ class Demo:
     """Critters to draw."""
 
     def run(self) -> None:
-        from netgloss.pipeline import demo
+        from netgloss.workflows.explain import demo
 
         with Bars() as bars:
             run = demo(self.out, num_images=self.images, command=command_line(), progress=bars)
         print_scores(run)
         console().print(f"open {run.path / 'report.html'} in a browser")
 
-
-from netgloss.cli.compare import Compare  # noqa: E402  (it reads Model from this file)
-from netgloss.cli.consistency import Consistency  # noqa: E402
-from netgloss.cli.harden import Harden  # noqa: E402
 
 VERBS: dict[str, type] = {
     "layers": Layers,

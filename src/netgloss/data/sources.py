@@ -231,3 +231,22 @@ def _plain(name: str) -> str:
     """Lower case, single spaces for separators; "class 7" is plain "7"."""
     text = re.sub(r"[\s_\-]+", " ", name).strip().casefold()
     return re.sub(r"^class (?=\d+$)", "", text)
+
+
+def open_sources(images: ImageSource | str | Path, eval_images: ImageSource | str | Path | None = None) -> ImageSource:
+    """The images to fit on, joined with those to judge on where these are given.
+
+    Raises
+    ------
+    UserError : both are the same images.
+    """
+    from netgloss.data import ImageSource, Joined, open_images
+
+    source, heldout = (s if s is None or isinstance(s, ImageSource) else open_images(s) for s in (images, eval_images))
+    assert source is not None
+    if heldout is not None and heldout.fingerprint == source.fingerprint:
+        raise UserError(
+            f"the images to judge on are those to fit on ({source.description}): explainers are judged on other "
+            "images; without --eval-images a fifth of the images is held out"
+        )
+    return source if heldout is None else Joined(source, heldout)

@@ -117,7 +117,7 @@ def cosines_by_bin_chart(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> F
 
     Parameters
     ----------
-    runs : what :func:`netgloss.metrics.consistency_adversarial.cosines_by_bin` gives, by name ("before", "after").
+    runs : what :func:`netgloss.metrics.consistency.under_attack.cosines_by_bin` gives, by name ("before", "after").
     """
     if not runs or not all(runs.values()):
         raise UserError("the chart of cosines needs at least one bin a run")

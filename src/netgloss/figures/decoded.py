@@ -180,7 +180,7 @@ def layer_strip(
 
 @dataclass(frozen=True)
 class ConceptPictures:
-    """One image with one concept taken out, and with it alone (see netgloss.decoding.concepts).
+    """One image with one concept taken out, and with it alone (see netgloss.explanations.decoded_concepts).
 
     ``notes`` are flags such as "off manifold"; ``logit_change`` is the classifier's own (its tail on the edited
     activation).

@@ -17,8 +17,6 @@ from netgloss.metrics.base import (
     image_score,
     interval,
 )
-from netgloss.metrics.completeness import Completeness, completeness, completeness_value
-from netgloss.metrics.concept_deletion import ConceptDeletion, deletion_scores, ranked_curve
 from netgloss.metrics.dictionary import (
     Collinearity,
     CollinearityMax,
@@ -27,7 +25,7 @@ from netgloss.metrics.dictionary import (
     nearest_cosine,
     random_dictionary,
 )
-from netgloss.metrics.faithfulness import (
+from netgloss.metrics.faithfulness.agreement import (
     KL,
     AccuracyChange,
     Agreement,
@@ -35,12 +33,14 @@ from netgloss.metrics.faithfulness import (
     agreement,
     kl_divergence,
 )
+from netgloss.metrics.faithfulness.completeness import Completeness, completeness, completeness_value
+from netgloss.metrics.faithfulness.concept_deletion import ConceptDeletion, deletion_scores, ranked_curve
+from netgloss.metrics.faithfulness.importance import contributions, explain_class
+from netgloss.metrics.faithfulness.importance_agreement import importance_agreement, rank_correlation
+from netgloss.metrics.faithfulness.masking import class_value, linear_value, masked_logits, through
+from netgloss.metrics.faithfulness.shapley import shapley
+from netgloss.metrics.faithfulness.sobol import sobol_total
 from netgloss.metrics.fidelity import R2, R2FeatureMean, r2_feature_mean, r2_per_feature, r2_score
-from netgloss.metrics.importance import contributions, explain_class
-from netgloss.metrics.importance_agreement import importance_agreement, rank_correlation
-from netgloss.metrics.masking import class_value, linear_value, masked_logits, through
-from netgloss.metrics.shapley import shapley
-from netgloss.metrics.sobol import sobol_total
 from netgloss.metrics.sparsity import L0, DeadShare, Hoyer, L0Share, dead_share, hoyer, l0
 from netgloss.metrics.stability import (
     CodeCorrelation,

@@ -366,8 +366,8 @@ def _named_subclasses(kind: type[_Kind]) -> list[type[_Kind]]:
     import netgloss.metrics as package
 
     found: dict[str, type[_Kind]] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if issubclass(cls, kind) and cls.__module__ == module.__name__ and "name" in vars(cls):
                 name = vars(cls)["name"]

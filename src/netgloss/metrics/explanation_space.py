@@ -16,7 +16,7 @@ from torch import Tensor
 
 from netgloss.explainers._srae_modules import pull_away
 from netgloss.metrics.base import ImageMetric, by_position, check_same_shape
-from netgloss.metrics.importance import significant
+from netgloss.metrics.faithfulness.importance import significant
 
 _REBUILT = 0.5
 _CONSTANT = 1e-12

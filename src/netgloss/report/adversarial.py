@@ -14,10 +14,10 @@ from typing import Any
 
 from netgloss import figures
 from netgloss.errors import UserError
-from netgloss.report import answers
 from netgloss.report.build import FILTERS, _hash, _template
-from netgloss.report.read import inside
-from netgloss.run import read_history, read_json
+from netgloss.runs import verdicts
+from netgloss.runs.files import inside
+from netgloss.runs.run import read_history, read_json
 
 BUDGET = 14_000_000
 """Bytes of pictures that a report may have; units past it are listed without pictures."""
@@ -53,7 +53,7 @@ def build_adversarial_report(run_folder: Path) -> str:
         return templates.get_template(f"{run['method']}.html").render(
             run=run,
             result=result,
-            scores=[(score, answers.verdict(score)) for score in scores],
+            scores=[(score, verdicts.verdict(score)) for score in scores],
             style=style,
             style_hash=_hash(style),
             **page,

@@ -21,20 +21,21 @@ from markupsafe import Markup, escape
 
 from netgloss import figures
 from netgloss.figures.style import HEAT, number
-from netgloss.report import answers, glossary
+from netgloss.report import glossary
 from netgloss.report.decoded import pack_figures
 from netgloss.report.pack import decoded_pictures, pack_maps, pack_thumbnails
-from netgloss.report.read import RunFiles, read_run
+from netgloss.runs import verdicts
+from netgloss.runs.files import RunFiles, read_run
 
 BUDGET = 14_400_000
 """Bytes that a report may have (the aim is under 15 MB)."""
 
 FILTERS = {
     "number": number,
-    "pretty": answers.pretty,
-    "percent": answers.percent,
-    "plainly": answers.plainly,
-    "model_name": answers.model_name,
+    "pretty": verdicts.pretty,
+    "percent": verdicts.percent,
+    "plainly": verdicts.plainly,
+    "model_name": verdicts.model_name,
 }
 """What the templates of all reports call."""
 
@@ -77,14 +78,14 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
     templates.filters.update(FILTERS)
     templates.filters["marked"] = _marked
     style, script = _template("report.css"), _script(served)
-    scores = [(s, answers.verdict(s), chart) for s, chart in zip(files.scores or [], charts, strict=True)]
+    scores = [(s, verdicts.verdict(s), chart) for s, chart in zip(files.scores or [], charts, strict=True)]
     return templates.get_template("report.html").render(
         run=files.run,
         concepts=files.concepts,
-        headlines=[(s, answers.verdict(s)) for s in answers.headline_scores(files.scores or [])],
-        holds=answers.what_it_holds(files),
-        holds_up=answers.how_well(files),
-        distrust=answers.what_to_distrust(files, missing),
+        headlines=[(s, verdicts.verdict(s)) for s in verdicts.headline_scores(files.scores or [])],
+        holds=verdicts.what_it_holds(files),
+        holds_up=verdicts.how_well(files),
+        distrust=verdicts.what_to_distrust(files, missing),
         scores=scores,
         history=history,
         figures=drawn,
@@ -121,7 +122,7 @@ def _page_data(files: RunFiles) -> dict[str, Any]:
 
 def _score_data(score: dict[str, Any]) -> dict[str, Any]:
     """A score with its verdict, as its own page shows it."""
-    judged = answers.verdict(score)
+    judged = verdicts.verdict(score)
     seeds = len(score["seeds"]) if isinstance(score["seeds"], list) else score["seeds"]
     count = seeds if isinstance(seeds, int) else None
     return score | {"seeds": count, "standing": judged.standing, "told": judged.told, "marks": judged.marks}
@@ -149,7 +150,7 @@ def _heat_colours() -> str:
 def _score_charts(files: RunFiles) -> list[str]:
     charts = []
     for i, score in enumerate(files.scores or []):
-        shown = f"{answers.pretty(score['metric'])}: {number(score['value'])}, {answers.verdict(score).told}"
+        shown = f"{verdicts.pretty(score['metric'])}: {number(score['value'])}, {verdicts.verdict(score).told}"
         figure = figures.score_chart([score], titles=False)
         charts.append(figures.to_svg(figure, prefix=f"score{i}-", description=shown))
     return charts

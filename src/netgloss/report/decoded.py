@@ -9,7 +9,7 @@ from typing import Any
 
 from netgloss.errors import UserError
 from netgloss.figures.decoded import READING
-from netgloss.report.read import inside
+from netgloss.runs.files import inside
 
 LIMIT = 4_000_000
 """Bytes of a report that figures may take; later ones are left out."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from netgloss.errors import UserError
-from netgloss.report.read import inside
+from netgloss.runs.files import inside
 
 MAP_BUDGET = 3_000_000
 """Bytes for all concept maps together."""

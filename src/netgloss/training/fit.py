@@ -31,7 +31,7 @@ _PATIENCE = timedelta(hours=12)
 
 
 class Checkpoint(Protocol):
-    """Where the loop keeps its state; ``netgloss.run`` writes the files."""
+    """Where the loop keeps its state; ``netgloss.runs.run`` writes the files."""
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and plain values of the last saved state, or None."""
@@ -362,3 +362,8 @@ def _restore(
     state["state"] = entries
     optimizer.load_state_dict(state)
     return int(values["step"])
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device of a flag: "auto" takes CUDA, then MPS, then the CPU."""
+    return make_fabric(device).device

@@ -31,7 +31,7 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a fit may need of the network around the layer; ``netgloss.fitting`` fills in what a method asks for.
+    """What a fit may need of the network around the layer; ``training/inputs.py`` fills it in.
 
     Parameters
     ----------
@@ -312,3 +312,14 @@ class ActivationStream:
 def _with_grid(values: np.ndarray) -> np.ndarray:
     """(n, C) or (n, C, H, W) -> (n, C, positions)."""
     return values.reshape(*values.shape[:2], -1)
+
+
+def moments(stream: ActivationStream) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance (C,) of the layer's features over the fit rows, float64."""
+    first = torch.zeros(stream.num_features, dtype=torch.float64)
+    second = torch.zeros_like(first)
+    for rows in stream.chunks():
+        first += rows.sum(dim=0, dtype=torch.float64)
+        second += rows.square().sum(dim=0, dtype=torch.float64)
+    mean = first / stream.num_rows
+    return mean, (second / stream.num_rows - mean**2).clamp_min(0)

@@ -1,0 +1,436 @@
+"""Measures how consistent a network's units are on real and adversarial images; definitions: ``metrics/consistency*``.
+
+One pass over real and adversarial images reads all layers at once; maps are never kept, only what a unit responds with.
+
+Shape letters: N real images, M adversarial ones, K concepts, U units, C classes of the probe set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from netgloss.adversarial import (
+    AttackResult,
+    PixelClassifier,
+    assign_targets,
+    attack_in_batches,
+    ensemble,
+    feature,
+    fgsm,
+    fgsm_rs,
+    least_likely,
+    pgd,
+)
+from netgloss.adversarial.pixels import LabelledPixels
+from netgloss.classifiers.taps import Taps
+from netgloss.errors import UserError
+from netgloss.metrics.consistency.companions import kernel_agreement
+from netgloss.metrics.consistency.under_attack import Comparison, compare, compare_fooled, cosines_by_bin
+from netgloss.metrics.consistency.units import Units, UnitScores, consistency, responses
+from netgloss.metrics.feature_health import class_mean_ratio, effective_rank, source_vs_nearest_target_ratio
+from netgloss.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from netgloss.training import Checkpoint
+
+AttackName = Literal["pgd", "pgd-l2", "fgsm", "fgsm-rs", "least-likely", "ensemble", "feature", "none"]
+Encode = Callable[[Tensor], Tensor]
+DIRECTIONS = 256
+"""Random directions of the control, at most."""
+SAVE_SECONDS = 15.0
+"""Seconds of an attack that a kill may cost, besides the batch under way."""
+
+
+@dataclass(frozen=True)
+class AttackChoice:
+    """The adversarial images V of a consistency run."""
+
+    attack: AttackName = "pgd"
+    """pgd, pgd-l2, fgsm, fgsm-rs, least-likely, ensemble (of this network and those of --also, as in the paper),
+    feature, or none (real images only)."""
+    eps: float = 8.0
+    """Radius in 1/255 of the pixel range before normalisation; for pgd-l2 the L2 radius in pixels of [0, 1]."""
+    steps: int = 20
+    """Steps of pgd, ensemble and feature."""
+    restarts: int = 1
+    """Starts of pgd."""
+    untargeted: bool = False
+    """Only away from the true class; CS2 is blank then."""
+    craft_layer: str | None = None
+    """Layer that attacks differentiate instead of the logits, where a ReLU ends the network (SqueezeNet:
+    classifier.1)."""
+
+    def __post_init__(self) -> None:
+        if self.untargeted and self.attack == "ensemble":
+            raise UserError("the ensemble attack brings images to a target: it cannot be untargeted")
+
+    @property
+    def radius(self) -> float:
+        """eps in pixels of [0, 1]."""
+        return self.eps if self.attack == "pgd-l2" else self.eps / 255
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """V and what is known of it.
+
+    Attributes
+    ----------
+    found : images of 8 bits; predictions are the classifier's classes.
+    targets : (M,) target classes of the probe set, or None.
+    """
+
+    found: AttackResult
+    targets: Tensor | None
+
+
+def attack_probe(
+    pixels: PixelClassifier,
+    data: LabelledPixels,
+    choice: AttackChoice,
+    *,
+    also: Sequence[PixelClassifier] = (),
+    seed: int = 0,
+    layer: str | None = None,
+    batch_size: int = 32,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> Adversarial | None:
+    """One adversarial image for each of R, against this network; None for the attack "none".
+
+    Targets are classes of the probe set, pairs (true, target) as even as can be. ``layer`` is where the feature attack
+    works; ``also`` are the further networks of an ensemble. With ``checkpoint`` an interrupted attack goes on after the
+    last batch that was kept.
+    """
+    if choice.attack == "none":
+        return None
+    device = pixels.mean.device
+    common: dict[str, Any] = {"eps": choice.radius, "batch_size": batch_size}
+    targets = None
+    if not choice.untargeted and choice.attack not in ("least-likely", "feature"):
+        targets = assign_targets(data.probe_labels, classes=range(len(data.class_names)), seed=seed, ids=data.ids)
+        common["targets"] = data.net_classes[targets].to(device)
+    attacks: dict[str, tuple[Callable[..., AttackResult], dict[str, Any]]] = {
+        "fgsm": (fgsm, {}),
+        "fgsm-rs": (fgsm_rs, {"seed": seed}),
+        "pgd": (pgd, {"steps": choice.steps, "restarts": choice.restarts, "seed": seed}),
+        "pgd-l2": (pgd, {"steps": choice.steps, "restarts": choice.restarts, "seed": seed, "norm": "l2"}),
+        "least-likely": (least_likely, {"classes": data.net_classes.tolist(), "seed": seed}),
+        "feature": (feature, {"layer": layer, "steps": choice.steps, "seed": seed}),
+        "ensemble": (ensemble, {"steps": choice.steps}),
+    }
+    attack, own = attacks[choice.attack]
+    attacked = [pixels, *also] if choice.attack == "ensemble" else pixels
+    progress = progress or Silent()
+    parts = _kept(checkpoint, device)
+    done = sum(len(part.images) for part in parts)
+    progress.start(f"attack seed {seed}", len(data), unit="images", done=done)
+    saved = time.monotonic()
+    for place in torch.arange(done, len(data)).split(batch_size) if done < len(data) else ():
+        x, y = data.pixels(place).to(device), data.labels[place].to(device)
+        aligned = {"targets": common["targets"][place]} if "targets" in common else {}
+        ids = [data.ids[i] for i in place]
+        parts.append(
+            attack_in_batches(attack, attacked, x, y, ids=ids, **{**common, **own, **aligned}).rounded(pixels, x, y)
+        )
+        last = int(place[-1]) == len(data) - 1
+        if checkpoint is not None and (last or time.monotonic() - saved > SAVE_SECONDS):
+            _keep(checkpoint, parts)
+            saved = time.monotonic()
+        progress.advance(len(place))
+    progress.finish()
+    found = AttackResult.join(parts)
+    if choice.attack == "least-likely":
+        assert found.targets is not None
+        place = {int(c): i for i, c in enumerate(data.net_classes)}
+        targets = torch.tensor([place[int(t)] for t in found.targets])
+    return Adversarial(found, targets)
+
+
+def _keep(checkpoint: Checkpoint, parts: Sequence[AttackResult]) -> None:
+    found = AttackResult.join(parts)
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if getattr(found, f.name) is not None}
+    checkpoint.save({**fields, "images": found.images.mul(255).round().to(torch.uint8)}, {"images": len(found.images)})
+
+
+def _kept(checkpoint: Checkpoint | None, device: torch.device) -> list[AttackResult]:
+    """What an interrupted attack has made, images of 8 bits as ``rounded`` gives them."""
+    saved = None if checkpoint is None else checkpoint.load()
+    if saved is None:
+        return []
+    fields: dict[str, Any] = {"targets": None, **{name: value.to(device) for name, value in saved[0].items()}}
+    return [AttackResult(**{**fields, "images": fields["images"].float() / 255})]
+
+
+@torch.no_grad()
+def read_layers(
+    pixels: PixelClassifier,
+    images: Tensor,
+    readers: Mapping[str, Callable[[dict[str, Tensor]], Tensor]],
+    layers: Sequence[str],
+    *,
+    batch_size: int = 32,
+    advance: Callable[[int], None] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What each reader makes of the layers' outputs, joined over images (N, channels, H, W), on the CPU; and logits
+    (N, classes)."""
+    found: dict[str, list[Tensor]] = {name: [] for name in readers}
+    logits = []
+    with Taps(pixels.net, layers, stop=False) as taps:
+        for part in images.split(batch_size):
+            outputs = taps(pixels.normalise(part.to(pixels.mean.device)))
+            logits.append(taps.logits.float().cpu())
+            for name, reader in readers.items():
+                found[name].append(reader(outputs).float().cpu())
+            if advance is not None:
+                advance(len(part))
+    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(logits)
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Everything measured of one layer.
+
+    Attributes
+    ----------
+    units : concept and pole of each of U units. real, adversarial : responses (N, U) and (M, U).
+    scores : on R. comparison, fooled : with V, on all of it and on what reached its target; None where not measured.
+    random, channels, untrained : consis_cal of live random directions on R and V, the same of the layer's channels
+        where the units are an explainer's concepts, and the mean of the untrained network's units.
+    agreement : Spearman correlation of consis between kernels.
+    bins : means of the cosines by quantile bin of consis on R.
+    health : norms, effective rank and distance ratios of the layer's features.
+    """
+
+    layer: str
+    units: Units
+    real: Tensor
+    adversarial: Tensor | None
+    scores: UnitScores
+    comparison: Comparison | None
+    fooled: Comparison | None
+    random: dict[str, Tensor] = field(default_factory=dict)
+    channels: dict[str, Tensor] = field(default_factory=dict)
+    untrained: float | None = None
+    agreement: dict[str, float] = field(default_factory=dict)
+    bins: list[dict[str, float]] = field(default_factory=list)
+    health: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers of the layer, ready for JSON."""
+        return {
+            **self.scores.summary(),
+            "attack": None if self.comparison is None else self.comparison.summary(),
+            "fooled": None if self.fooled is None else self.fooled.summary(),
+            **{f"random_{name}": _mean(values) for name, values in self.random.items()},
+            **{f"channels_{name}": _mean(values) for name, values in self.channels.items()},
+            "untrained": self.untrained,
+            "kernels": self.agreement,
+            "health": self.health,
+        }
+
+
+def measure_layers(
+    pixels: PixelClassifier,
+    data: LabelledPixels,
+    layers: Sequence[str],
+    affinities: Mapping[str, np.ndarray],
+    *,
+    adversarial: Adversarial | None,
+    encoders: Mapping[str, Encode] | None = None,
+    untrained: PixelClassifier | None = None,
+    controls: bool = True,
+    pooling: Literal["max", "mean"] = "max",
+    k: int | None = None,
+    null_draws: int = 2000,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> tuple[dict[str, LayerResult], dict[str, Tensor]]:
+    """Units of several layers on R = ``data`` and on V.
+
+    Parameters
+    ----------
+    affinities : as :meth:`AffinityChoice.build` gives them.
+    encoders : by layer, an explainer's ``encode``; default the layer's channels.
+    untrained : the network with random weights, as a control.
+    controls : measure random directions too, and the layer's channels beside concepts.
+
+    Returns
+    -------
+    The layers' results, and logits of R (``"real"``) and V (``"adversarial"``).
+    """
+    encoders = encoders or {}
+    sets = {"real": data.pixels()}
+    if adversarial is not None:
+        sets["adversarial"] = adversarial.found.images
+    readers: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {}
+    for layer in layers:
+        readers[f"units {layer}"] = _responses_of(layer, encoders.get(layer), pooling)
+        readers[f"mean {layer}"] = _mean_of(layer)
+        if controls and layer in encoders:
+            readers[f"channels {layer}"] = _responses_of(layer, None, pooling)
+    progress = progress or Silent()
+    passes = len(sets) * (1 + controls) + (untrained is not None)
+    progress.start(f"units seed {seed}", passes * len(data), unit="images")
+    advance = progress.advance
+    tables: dict[str, dict[str, Tensor]] = {}
+    logits = {}
+    for name, images in sets.items():
+        tables[name], logits[name] = read_layers(
+            pixels, images, readers, layers, batch_size=batch_size, advance=advance
+        )
+    directions: dict[str, dict[str, Tensor]] = {}
+    if controls:
+        turned = {
+            layer: _directions_of(layer, tables["real"][f"mean {layer}"].mean(0), seed, pooling) for layer in layers
+        }
+        for name, images in sets.items():
+            directions[name], _ = read_layers(pixels, images, turned, layers, batch_size=batch_size, advance=advance)
+    bare: dict[str, Tensor] = {}
+    if untrained is not None:
+        bare, _ = read_layers(
+            untrained,
+            sets["real"],
+            {n: r for n, r in readers.items() if n.startswith("units")},
+            layers,
+            batch_size=batch_size,
+            advance=advance,
+        )
+    progress.finish()
+    sources = torch.arange(len(data))
+    options: dict[str, Any] = {"k": k, "seed": seed, "null_draws": null_draws}
+
+    def live(by_set: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """consis_cal of what is live on R and V together, on each of them."""
+        units, quiet = Units.of(*by_set.values()), {**options, "null_draws": 0}
+        return {
+            name: _live(consistency(units.select(table), data.probe_labels, affinities["chosen"], **quiet))
+            for name, table in by_set.items()
+        }
+
+    results = {}
+    for layer in layers:
+        both = [tables[name][f"units {layer}"] for name in sets]
+        units = Units.of(*both)
+        chosen = [units.select(table) for table in both]
+        comparison, fooled = _compared(chosen, data, sources, affinities, adversarial, options)
+        if comparison is None:
+            scores = consistency(chosen[0], data.probe_labels, affinities["chosen"], **options)
+        else:
+            scores = comparison.real
+        random = live({name: directions[name][layer] for name in sets}) if controls else {}
+        beside = controls and layer in encoders
+        channels = live({name: tables[name][f"channels {layer}"] for name in sets}) if beside else {}
+        floor = None if untrained is None else _mean(live({"real": bare[f"units {layer}"]})["real"])
+        kernels = {name: affinities[name] for name in ("gauss", "exp", "identity")}
+        results[layer] = LayerResult(
+            layer=layer,
+            units=units,
+            real=chosen[0],
+            adversarial=chosen[1] if len(chosen) > 1 else None,
+            scores=scores,
+            comparison=comparison,
+            fooled=fooled,
+            random=random,
+            channels=channels,
+            untrained=floor,
+            agreement=kernel_agreement(scores, kernels),
+            bins=[] if comparison is None else cosines_by_bin(comparison),
+            health=_health(tables, layer, data, adversarial),
+        )
+    return results, logits
+
+
+def network_mean(results: Mapping[str, LayerResult]) -> dict[str, float]:
+    """Mean over the declared layers of their mean consis_cal, on R and where measured on V (the published rule is
+    unknown)."""
+    found = {"real": _mean(torch.tensor([r.scores.summary()["consis_cal"] for r in results.values()]))}
+    compared = [r.comparison.summary() for r in results.values() if r.comparison is not None]
+    if compared:
+        found |= {
+            name: _mean(torch.tensor([c[f"consis_cal_{name}"] for c in compared])) for name in ("adversarial", "union")
+        }
+    return found
+
+
+def _compared(
+    chosen: list[Tensor],
+    data: LabelledPixels,
+    sources: Tensor,
+    affinities: Mapping[str, np.ndarray],
+    adversarial: Adversarial | None,
+    options: dict[str, Any],
+) -> tuple[Comparison | None, Comparison | None]:
+    if adversarial is None:
+        return None, None
+    common: dict[str, Any] = {**options, "cross_affinity": affinities["exp"], "targets": adversarial.targets}
+    r, v = chosen
+    everything = compare(r, v, data.probe_labels, sources, affinities["chosen"], **common)
+    if adversarial.targets is None:
+        return everything, None
+    fooled = adversarial.found.success.cpu()
+    if not fooled.any():
+        return everything, None
+    part = compare_fooled(r, v, data.probe_labels, sources, affinities["chosen"], fooled=fooled, **common)
+    return everything, part
+
+
+def _health(
+    tables: Mapping[str, dict[str, Tensor]], layer: str, data: LabelledPixels, adversarial: Adversarial | None
+) -> dict[str, float]:
+    """Of the layer's features averaged over the grid."""
+    real = tables["real"][f"mean {layer}"]
+    found = {"feature_norm": float(real.norm(dim=1).mean()), "effective_rank": effective_rank(real)}
+    if adversarial is not None and adversarial.targets is not None:
+        fake, labels = tables["adversarial"][f"mean {layer}"], data.probe_labels
+        found["class_mean_ratio"] = float(class_mean_ratio(fake, real, labels, labels, adversarial.targets).mean())
+        found["source_vs_nearest_target_ratio"] = float(
+            source_vs_nearest_target_ratio(fake, real, labels, torch.arange(len(data)), adversarial.targets).mean()
+        )
+    return found
+
+
+def _responses_of(
+    layer: str, encode: Encode | None, pooling: Literal["max", "mean"]
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda outputs: responses(outputs[layer] if encode is None else encode(outputs[layer]), pooling=pooling)
+
+
+def _mean_of(layer: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda outputs: outputs[layer].reshape(*outputs[layer].shape[:2], -1).mean(2)
+
+
+def _directions_of(
+    layer: str, mean: Tensor, seed: int, pooling: Literal["max", "mean"]
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Responses of orthonormal random directions of the centred activation."""
+    drawn = torch.randn(len(mean), min(DIRECTIONS, len(mean)), generator=torch.Generator().manual_seed(seed))
+    basis_CK = torch.linalg.qr(drawn)[0]
+
+    def read(outputs: dict[str, Tensor]) -> Tensor:
+        values = outputs[layer]
+        turned = torch.tensordot(
+            (values - mean.to(values).reshape(-1, *([1] * (values.ndim - 2)))).movedim(1, -1), basis_CK.to(values), 1
+        )
+        return responses(turned.movedim(-1, 1), pooling=pooling)
+
+    return read
+
+
+def _live(scores: UnitScores) -> Tensor:
+    return scores.calibrated[scores.live]
+
+
+def _mean(values: Tensor) -> float:
+    kept = values[~values.isnan()]
+    return float(kept.double().mean()) if len(kept) else math.nan

@@ -1,0 +1,74 @@
+"""Flags that several verbs share: which classifier, which device, how many processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from netgloss.classifiers import Classifier
+
+
+@dataclass
+class Model:
+    """Which classifier to explain."""
+
+    model: str
+    """timm:NAME, torchvision:NAME, path/to/file.py:factory, or critters (the network that ships with netgloss)."""
+    checkpoint: Path | None = None
+    """Weights: a .safetensors file or a PyTorch state dict (pickles with code are refused)."""
+    random_weights: bool = False
+    """Use random weights instead of the published pretrained ones (which are downloaded if there is no checkpoint)."""
+    class_names: Path | None = None
+    """Text file with one class name a line."""
+    num_classes: int | None = None
+    """Number of classes, where the architecture takes one and the checkpoint has another than its default."""
+    input_size: int | None = None
+    """Side of the network's input in pixels, where the model does not say it."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel in [0, 1] that the input is normalised by."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel."""
+
+    def load(self) -> Classifier:
+        from netgloss.classifiers import load_classifier
+
+        return load_classifier(
+            self.model,
+            checkpoint=self.checkpoint,
+            random_weights=self.random_weights,
+            class_names=self.class_names,
+            num_classes=self.num_classes,
+            input_size=self.input_size,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass
+class Processes:
+    """Which device, and how many processes share the work."""
+
+    device: Device = "auto"
+    devices: int = 1
+    """Processes (GPUs, or CPU processes with --device cpu) on each machine that share the work."""
+    nodes: int = 1
+    """Machines; torchrun or Slurm starts the command on each."""
+
+    def launch(self, *, precision: str = "32-true") -> Fabric:
+        from netgloss.training import make_fabric
+
+        fabric = make_fabric(self.device, devices=self.devices, nodes=self.nodes, precision=precision)
+        fabric.launch()
+        return fabric
+
+
+FLAT = tyro.conf.arg(name="")  # its fields are flags without a prefix

@@ -1,0 +1,1 @@
+"""How consistent the concept of a unit is, on real and on adversarial images."""

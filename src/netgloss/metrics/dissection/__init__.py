@@ -1,0 +1,1 @@
+"""Which annotated concepts the axes of a basis detect (network dissection)."""

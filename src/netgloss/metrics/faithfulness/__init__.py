@@ -1,0 +1,1 @@
+"""Whether concepts carry the decision: importances, deletion, agreement of logits."""

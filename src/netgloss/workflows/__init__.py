@@ -1,0 +1,1 @@
+"""One file per verb: each puts the rooms below together. Orchestration only."""
