@@ -119,7 +119,7 @@ def fit_arms(options: argparse.Namespace) -> None:
     """Fits what is asked for and not there yet; an interrupted fit continues."""
     from netgloss.explainers.parts import PartConfig
     from netgloss.training import make_fabric
-    from netgloss.workflows.fit import fit_run
+    from netgloss.workflows.fit import fit
 
     study, runs = STUDIES[options.study], options.runs / options.study
     runs.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def fit_arms(options: argparse.Namespace) -> None:
     every = [f"{arm}:{seed}" for seed in range(3) for arm in ARMS]
     for wish in every if options.fits == ["all"] else options.fits:
         arm, _, seed = wish.partition(":")
-        run = fit_run(
+        run = fit(
             "parts",
             store,
             study.layer,

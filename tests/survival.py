@@ -87,7 +87,8 @@ def prepare(small_chunks: bool = True) -> None:
     """Imports everything that the commands use and makes chunks and checkpoints small."""
     import netgloss.activations.store as store_module
 
-    for name in ("evaluation.run", "evaluation.dissect_run", "pipeline", "gloss", "report.build", "consistency.run",
+    for name in ("workflows.evaluate", "workflows.annotate", "workflows.explain", "workflows.consistency",
+                 "report.build",
                  "explainers.topk_sae",
                  "explainers.nmf", "explainers.pca", "cli.terminal", "explainers.natural_axes",
                  "explainers.random_directions", "data.critters_net"):  # fmt: skip

@@ -23,9 +23,9 @@ from netgloss.runs.saved import load_explainer
 from netgloss.training import Checkpoint, FitOptions, build_explainer, fit
 from netgloss.training.inputs import open_stream
 from netgloss.workflows.capture import store_info
-from netgloss.workflows.evaluate import evaluate_run
+from netgloss.workflows.evaluate import evaluate
 from netgloss.workflows.explain import explain
-from netgloss.workflows.fit import fit_run
+from netgloss.workflows.fit import fit as fit_run
 from netgloss.workflows.show import show
 
 LAYER = "block4"
@@ -228,9 +228,9 @@ def test_without_the_images_nothing_is_judged_and_that_is_said(classifier, sourc
         "cladec", store, LAYER, tmp_path / "run", config=ClaDecConfig(**FAST), seeds=1, source=source,
         classifier=classifier,
     )  # fmt: skip
-    evaluate_run(run, store=store, classifier=classifier)
+    evaluate(run, store=store, classifier=classifier)
     assert run.scores == []
-    assert any("were not judged" in warning for warning in run.manifest["warnings"])
+    assert any("were not evaluated" in warning for warning in run.manifest["warnings"])
     write_report(run)
 
 

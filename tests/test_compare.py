@@ -19,12 +19,12 @@ from netgloss.errors import UserError
 from netgloss.evaluation import judge as judging
 from netgloss.evaluation.faithful import FaithfulnessOptions
 from netgloss.evaluation.paired import Difference, Measured, difference
-from netgloss.evaluation.result import _dictionary_verdict, _mark
+from netgloss.evaluation.scores import _dictionary_verdict, _mark
 from netgloss.metrics.base import ImageMetric, Score
 from netgloss.report.comparison import Comparison
 from netgloss.workflows.capture import store_info
-from netgloss.workflows.compare import CompareOptions, compare
-from netgloss.workflows.fit import fit_run
+from netgloss.workflows.compare import compare
+from netgloss.workflows.fit import fit
 from test_cli import fails
 
 LITTLE = FaithfulnessOptions(images=4, importance_images=2, steps=3, shapley_pairs=2, sobol_points=2)
@@ -175,7 +175,7 @@ def own_method(tmp_path_factory: pytest.TempPathFactory) -> str:
 def swept(tmp_path_factory: pytest.TempPathFactory, own_method: str) -> tuple[Path, Comparison]:
     out = tmp_path_factory.mktemp("compare") / "out"
     methods = ["pca", "kmeans", "supervised-basis", own_method, "random-directions"]
-    return out, sweep(out, methods, annotations="critters:30,seed=4", options=CompareOptions(network_images=20))
+    return out, sweep(out, methods, annotations="critters:30,seed=4", network_images=20)
 
 
 def test_every_method_is_a_row_and_a_refused_one_says_why(swept: tuple[Path, Comparison]) -> None:
@@ -201,7 +201,7 @@ def test_numbers_are_those_of_an_evaluation(swept: tuple[Path, Comparison]) -> N
     """The same run, judged by evaluate: equal values, intervals and controls."""
     out, found = swept
     run = netgloss.Run(out / "runs" / "kmeans")
-    netgloss.evaluate_run(run, options=netgloss.EvaluationOptions(untrained_images=0))
+    netgloss.evaluate(run, options=netgloss.EvaluationOptions(untrained_images=0))
     for score in run.scores:
         got = found.score("kmeans", score.metric)
         assert got is not None, score.metric
@@ -354,12 +354,8 @@ def test_runs_of_other_layers_or_stores_are_refused(swept: tuple[Path, Compariso
     source = netgloss.open_images("critters:20")
     info = store_info(classifier, source)
     store = netgloss.capture(classifier, source, ["block4", "block5"], tmp_path / "store", info=info)
-    one = fit_run(
-        "pca", store, "block4", tmp_path / "one", config=netgloss.find_explainer("pca").Config(num_concepts=2)
-    )
-    two = fit_run(
-        "pca", store, "block5", tmp_path / "two", config=netgloss.find_explainer("pca").Config(num_concepts=2)
-    )
+    one = fit("pca", store, "block4", tmp_path / "one", config=netgloss.find_explainer("pca").Config(num_concepts=2))
+    two = fit("pca", store, "block5", tmp_path / "two", config=netgloss.find_explainer("pca").Config(num_concepts=2))
     with pytest.raises(UserError, match="explains layer 'block5', not 'block4'"):
         compare([one, two], out=tmp_path / "x", device="cpu")
     with pytest.raises(UserError, match="fitted on other activations"):
@@ -384,13 +380,12 @@ def test_faithfulness_joins_a_runs_scores(swept: tuple[Path, Comparison], capsys
     scores = {score.metric: score for score in netgloss.Run(path).scores}
     assert {"r2", "c_carried_logit", "surrogate_departure", "agreement_contribution_sobol"} <= set(scores)
     assert {"random_directions", "natural_axes", "random_ranking"} <= set(scores["c_deletion_logit"].baselines)
-    found = netgloss.faithfulness_run(netgloss.Run(path), options=LITTLE)
-    ours = {score.metric: score.value for score in found}
+    ours = {score.metric: score.value for score in netgloss.evaluate(path, faithfulness=LITTLE).scores}
     assert ours["c_gain_logit"] == first.score("pca", "c_gain_logit")["value"]  # type: ignore[index]
     again = [score.metric for score in netgloss.Run(path).scores]
     assert len(again) == len(set(again)) == len(scores)
     with pytest.raises(UserError, match="are not the images whose activations"):
-        netgloss.faithfulness_run(netgloss.Run(path), source=netgloss.open_images("critters:9,seed=9"), options=LITTLE)
+        netgloss.evaluate(path, images="critters:9,seed=9", faithfulness=LITTLE)
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def kill_after_the_attack(
 def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     from netgloss.activations import capture
     from netgloss.workflows.explain import demo
-    from netgloss.workflows.fit import fit_run
+    from netgloss.workflows.fit import fit
 
     explained = demo(tmp_path / "demo", num_images=60)
     options = ConsistencyOptions(null_draws=0, difference_images=4, shown_units=1, shown_images=1, k=10)
@@ -250,7 +250,7 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     assert len({r["unit"] for r in rows}) == explained.explainer.num_concepts
     assert rows[0]["explainer"] == explained.method
     store = capture(explained.classifier(), open_images("critters:60"), ["block5"], tmp_path / "store")
-    pooled = fit_run("linear-head", store, "block5", tmp_path / "head", seeds=1)
+    pooled = fit("linear-head", store, "block5", tmp_path / "head", seeds=1)
     run = consistency_run(
         explained.classifier(),
         open_images("critters:200"),

@@ -303,12 +303,11 @@ def test_curves() -> None:
 
 
 def test_concepts_of_another_run_become_visible(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from netgloss.decoding import visible
-
     from netgloss.activations import Store
     from netgloss.activations.layer import split_store
     from netgloss.classifiers import load_classifier
     from netgloss.data import open_images
+    from netgloss.workflows import decode as visible
 
     classifier, source = load_classifier("critters"), open_images("critters:50")
     common = {"seeds": 1, "device": "cpu", "store": tmp_path / "store"}

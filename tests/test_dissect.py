@@ -16,11 +16,11 @@ from netgloss.activations.store import Store
 from netgloss.classifiers import Preprocessing
 from netgloss.data import ImageAnnotation, open_images
 from netgloss.errors import UserError
+from netgloss.evaluation.annotation_scores import matched_rule
 from netgloss.evaluation.dissect import dissect, significance
 from netgloss.explainers.base import LayerSpec, to_rows
 from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
 from netgloss.explainers.supervised_basis import SupervisedBasis, SupervisedBasisConfig
-from netgloss.workflows.annotate import matched_rule
 
 SIDE, CELLS = 32, 8
 
@@ -214,15 +214,15 @@ def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     from netgloss.activations import Store, capture
     from netgloss.classifiers import load_classifier
     from netgloss.runs.run import Run
-    from netgloss.workflows.annotate import dissect_run
+    from netgloss.workflows.annotate import annotate
     from netgloss.workflows.capture import store_info
-    from netgloss.workflows.fit import fit_run
+    from netgloss.workflows.fit import fit
 
     classifier, source = load_classifier("critters"), open_images("critters:30")
     capture(classifier, source, ["block5"], tmp_path / "s", info=store_info(classifier, source))
     store = Store.open(tmp_path / "s")
-    run = fit_run("natural-axes", store, "block5", tmp_path / "run", seeds=1)
-    scores = dissect_run(run, "critters:24,seed=5", store=store, source=source, classifier=classifier)
+    run = fit("natural-axes", store, "block5", tmp_path / "run", seeds=1)
+    scores = annotate(run, "critters:24,seed=5", store=store, source=source, classifier=classifier)
     by_name = {score.metric: score for score in run.scores}
     assert len(by_name) == len(scores)
     assert sum(name.startswith("dissection_") for name in by_name) == 8
@@ -234,14 +234,14 @@ def test_a_run_is_judged_and_labelled(tmp_path: Path) -> None:
     record = json.loads((run.path / "dissection.json").read_text())
     assert len(record["concepts"]) == run.explainer.num_concepts
     assert sum(c["iou"] for c in record["concepts"]) == pytest.approx(s1.value, rel=1e-3)
-    dissect_run(run, "critters:24,seed=5", store=store, source=source, classifier=classifier)
+    annotate(run, "critters:24,seed=5", store=store, source=source, classifier=classifier)
     assert len(run.scores) == len(scores)  # replaced, not doubled
     other = Run(run.path)
     other.manifest["store_address"] = "other"
     with pytest.raises(UserError, match="is not the one that the run"):
-        dissect_run(other, "critters:24,seed=5", store=store, source=source, classifier=classifier)
+        annotate(other, "critters:24,seed=5", store=store, source=source, classifier=classifier)
     with pytest.raises(UserError, match=r"annotated score images are images of the fit"):
-        dissect_run(run, "critters:30", store=store, source=source, classifier=classifier)
+        annotate(run, "critters:30", store=store, source=source, classifier=classifier)
     with pytest.raises(UserError, match=r"\d+ of \d+ annotated score images are images of the fit"):
-        dissect_run(run, "critters:30", store=store, source=None, classifier=classifier)  # told by the activations
-    dissect_run(run, "critters:24,seed=5", store=store, source=None, classifier=classifier)
+        annotate(run, "critters:30", store=store, source=None, classifier=classifier)  # told by the activations
+    annotate(run, "critters:24,seed=5", store=store, source=None, classifier=classifier)

@@ -15,7 +15,7 @@ from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, Explainer, TrainingConfig
 from netgloss.training.inputs import logits_of_images, open_stream, pixel_reader, upper_layers
 from netgloss.workflows.explain import explain
-from netgloss.workflows.fit import fit_run
+from netgloss.workflows.fit import fit
 
 LAYER = "block4"
 
@@ -119,10 +119,10 @@ def test_later_layers_run_after_the_tap(critters):
 def test_missing_layers_and_images_are_named(critters, world, tmp_path):
     source, above, store = world
     with pytest.raises(UserError, match="give them again by --images"):
-        fit_run(f"{__file__}:Curious", store, LAYER, tmp_path / "run", classifier=critters)
+        fit(f"{__file__}:Curious", store, LAYER, tmp_path / "run", classifier=critters)
     nameless = capture(critters, source, [LAYER, *above], tmp_path / "nameless", info=StoreInfo())
-    with pytest.raises(UserError, match="give fit_run the classifier"):
-        fit_run(f"{__file__}:Curious", nameless, LAYER, tmp_path / "run")
+    with pytest.raises(UserError, match="give fit the classifier"):
+        fit(f"{__file__}:Curious", nameless, LAYER, tmp_path / "run")
     alone = capture(critters, source, [LAYER], tmp_path / "alone")
     with pytest.raises(UserError, match=f"capture {above[0]} too"):
         open_stream(Curious, Curious.Config(), alone, LAYER, np.arange(30), classifier=lambda: critters, source=source)

@@ -22,7 +22,7 @@ from netgloss.evaluation.foreign_files import Arrays
 from netgloss.explainers.base import Explainer, LayerSpec
 from netgloss.workflows.capture import store_info
 from netgloss.workflows.compare import compare
-from netgloss.workflows.fit import fit_run
+from netgloss.workflows.fit import fit
 
 C, K = 6, 4
 
@@ -301,7 +301,7 @@ def test_a_pca_from_elsewhere_scores_as_ours(tmp_path: Path) -> None:
     classifier = netgloss.load_classifier("critters")
     source = netgloss.open_images("critters:40")
     store = netgloss.capture(classifier, source, ["block5"], tmp_path / "store", info=store_info(classifier, source))
-    run = fit_run(
+    run = fit(
         "pca", store, "block5", tmp_path / "pca", config=netgloss.find_explainer("pca").Config(num_concepts=5), seeds=1
     )
     explainer: Explainer = run.explainer

@@ -13,7 +13,8 @@ from netgloss.activations.layer import Layer, make_tail
 from netgloss.classifiers import load_classifier
 from netgloss.data import open_images
 from netgloss.errors import UserError
-from netgloss.evaluation.measure import explainer_subject, measure
+from netgloss.evaluation.judge import measure
+from netgloss.evaluation.subjects import from_explainer
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.names import find_explainer
 from netgloss.memory import Halving, is_out_of_memory
@@ -76,7 +77,7 @@ def test_an_evaluation_counts_every_image_once(tmp_path: Path) -> None:
     explainer = cls(cls.Config(num_concepts=3), LayerSpec("conv", store.shapes["conv"]))
     explainer.atoms.copy_(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
     layer = Layer(store, "conv", make_tail(classifier, "conv", None), classifier)
-    plain = explainer_subject(explainer)
+    plain = from_explainer(explainer)
 
     def cramped(batch):  # type: ignore[no-untyped-def]
         if len(batch.index) > 9:

@@ -18,7 +18,7 @@ from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.parts import PartConfig, PartExplainer, choose_upper
 from netgloss.runs.run import Run
 from netgloss.runs.saved import load_explainer
-from netgloss.workflows.annotate import dissect_run
+from netgloss.workflows.annotate import annotate
 from netgloss.workflows.explain import explain
 from netgloss.workflows.parts import strongest_images, way_shares, write_galleries
 from netgloss.workflows.show import show
@@ -317,7 +317,7 @@ def critters() -> Classifier:
 def test_annotations_give_location_and_part_scores(run: Run, critters: Classifier) -> None:
     store = Store.open(run.manifest["store"])
     source = open_sources("critters:48")
-    dissect_run(run, "critters:30,seed=5", store=store, source=source, classifier=critters)
+    annotate(run, "critters:30,seed=5", store=store, source=source, classifier=critters)
     scores = {s.metric: s for s in run.scores}
     ratio = scores["location_ratio"]
     assert {"natural_axes", "random_directions", "constant_centre", "random_cell", "true_part"} == set(ratio.baselines)
@@ -325,7 +325,7 @@ def test_annotations_give_location_and_part_scores(run: Run, critters: Classifie
     assert ratio.baselines["true_part"] < 0.7
     assert ratio.n == 30
     assert 0 <= scores["part_interpretability"].value <= 1
-    again = dissect_run(run, "critters:30,seed=5", store=store, source=source, classifier=critters)
+    again = annotate(run, "critters:30,seed=5", store=store, source=source, classifier=critters)
     assert len(run.scores) == len(scores)
     assert len(again) < len(scores)
 

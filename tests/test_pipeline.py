@@ -269,7 +269,8 @@ class Slow:
     def finish(self): pass
     def say(self, m): pass
 netgloss.explain("topk-sae", "critters", "block5", "critters:60", out={out!r}, num_concepts=8, top_k=2, steps=400,
-                 batch_size=64, seeds=1, progress=Slow(), evaluation=netgloss.EvaluationOptions(untrained_images=0))
+                 batch_size=64, seeds=1, device=netgloss.Execution(progress=Slow()),
+                 evaluation=netgloss.EvaluationOptions(untrained_images=0))
 """
 
 

@@ -49,7 +49,7 @@ def test_the_whole_way_over_a_url(tmp_path: Path) -> None:
     run = netgloss.explain("pca", "critters", "block5", "critters:40", out=tmp_path / "run", store=url, num_concepts=2,
                            seeds=1, evaluation=OPTIONS)  # fmt: skip
     assert run.manifest["store"] == url
-    netgloss.evaluate_run(netgloss.load(tmp_path / "run"), options=OPTIONS)
+    netgloss.evaluate(netgloss.load(tmp_path / "run"), options=OPTIONS)
 
 
 def test_a_store_whose_making_was_cut_short_is_begun_anew(local: Store, tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ RATES = Rates(
     fit_rows=10_000.0,
     evaluate=20.0,
     base_memory=500_000_000,
-    image_memory=200.0,
 )
 
 
@@ -51,7 +50,7 @@ def test_small_data_is_read_once_and_kept() -> None:
     job = Job(1000, seeds=1, steps=10, batch_size=100)
     found = plan(RATES, job, Machine("here"))
     assert found.seconds["fit, steps"] == pytest.approx(1000 / 10_000 + 800 * 10_000 / 2e8)
-    assert found.memory == 500_000_000 + 200 * 1000 + 2 * 800 * 10_000
+    assert found.memory == 500_000_000 + 600 * 1000 + 2 * 800 * 10_000
     assert plan(RATES, dataclasses.replace(job, seeds=3), Machine("here")).seconds["fit, steps"] == pytest.approx(
         3 * found.seconds["fit, steps"]
     )

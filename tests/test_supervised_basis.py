@@ -200,7 +200,7 @@ def test_style_must_be_known() -> None:
 def test_a_run_learns_from_annotations(tmp_path: Path) -> None:
     from netgloss.classifiers import load_classifier
     from netgloss.workflows.explain import explain
-    from netgloss.workflows.fit import fit_run
+    from netgloss.workflows.fit import fit as fit_run
 
     source = open_images("critters:40")
     fields = {"annotations": "own", "min_positives": 20}

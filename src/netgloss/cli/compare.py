@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from netgloss.cli.flags import FLAT, Device, Model
-from netgloss.cli.terminal import Bars, command_line, console
+from netgloss.cli.terminal import console, execution
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,8 +115,22 @@ class Compare:
         classifier = self.model.load() if self.model.model else None
         if self.methods and classifier is None:
             raise UserError("--methods needs --model, --layer and --images")
-        with Bars() as bars:
-            found = compare(
+        faithfulness = FaithfulnessOptions(images=self.faithfulness_images, importance_images=self.importance_images)
+        options = CompareOptions(
+            num_concepts=self.num_concepts,
+            configs=_settings(self.set),
+            without=_left_out(self.without),
+            annotations=self.annotations,
+            dictionaries=_names(self.dictionary, "--dictionary", "NAME=PATH"),
+            controls=self._controls(),
+            max_images=self.max_images,
+            network_images=self.network_images if self.methods else 0,
+            on_rate=self.on_rate,
+            faithfulness=faithfulness,
+            store=self.store,
+        )
+        with execution(self.device) as running:
+            comparison = compare(
                 self.runs,
                 out=self.out,
                 methods=self.methods,
@@ -124,27 +138,11 @@ class Compare:
                 layer=self.layer,
                 images=self.images,
                 eval_images=self.eval_images,
-                annotations=self.annotations,
-                dictionaries=_names(self.dictionary, "--dictionary", "NAME=PATH"),
-                controls=self._controls(),
-                num_concepts=self.num_concepts,
-                configs=_settings(self.set),
-                without=_left_out(self.without),
                 seeds=self.seeds,
-                options=CompareOptions(
-                    max_images=self.max_images,
-                    network_images=self.network_images if self.methods else 0,
-                    on_rate=self.on_rate,
-                ),
-                faithfulness=FaithfulnessOptions(
-                    images=self.faithfulness_images, importance_images=self.importance_images
-                ),
-                store=self.store,
-                device=self.device,
-                command=command_line(),
-                progress=bars,
+                device=running,
+                options=options,
             )
-        _print(found)
+        _print(comparison)
         console().print(f"comparison: {self.out / 'comparison.html'}")
 
     def _controls(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,9 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
     from netgloss.classifiers import Classifier
+    from netgloss.training.execution import Execution
 
 
 @dataclass
@@ -63,12 +63,11 @@ class Processes:
     nodes: int = 1
     """Machines; torchrun or Slurm starts the command on each."""
 
-    def launch(self, *, precision: str = "32-true") -> Fabric:
-        from netgloss.training import make_fabric
+    def execution(self, *, precision: str = "32-true") -> AbstractContextManager[Execution]:
+        """An execution with progress bars, and the command line for the record."""
+        from netgloss.cli.terminal import execution
 
-        fabric = make_fabric(self.device, devices=self.devices, nodes=self.nodes, precision=precision)
-        fabric.launch()
-        return fabric
+        return execution(self.device, devices=self.devices, nodes=self.nodes, precision=precision)
 
 
 FLAT = tyro.conf.arg(name="")  # its fields are flags without a prefix

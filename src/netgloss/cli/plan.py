@@ -124,7 +124,7 @@ def _told(rates: object) -> list[tuple[str, str]]:
         ("one image in the store", f"{rates.image_bytes / 1e3:,.1f} kB, {rates.compression:.2f} of it on disk"),
         ("training", f"{rates.fit_rows:,.0f} rows/s, {rates.rows_per_image} rows an image"),
         ("evaluating", f"{rates.evaluate:,.1f} images/s"),
-        ("memory of a process", f"{rates.base_memory / 1e6:,.0f} MB and {rates.image_memory:.0f} bytes an image"),
+        ("memory of a process", f"{rates.base_memory / 1e6:,.0f} MB"),
     ]
 
 

@@ -6,9 +6,14 @@ import os
 import shlex
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from netgloss.errors import one_line
+
+if TYPE_CHECKING:
+    from netgloss.training.execution import Execution
 
 
 def command_line() -> str:
@@ -96,10 +101,13 @@ class Bars:
         self._progress.console.print(message, markup=False, highlight=False)
 
 
-def bars_of(fabric: Any) -> Any:
-    """Progress bars in process 0, nothing in the others."""
-    from contextlib import nullcontext
-
+@contextmanager
+def execution(
+    device: str = "auto", *, devices: int = 1, nodes: int = 1, precision: str = "32-true"
+) -> Iterator[Execution]:
+    """An execution that shows progress bars in the main process and records the command line."""
     from netgloss.progress import Silent
+    from netgloss.training.execution import Execution
 
-    return Bars() if fabric.is_global_zero else nullcontext(Silent())
+    with Bars() if is_main_process() else nullcontext(Silent()) as bars:
+        yield Execution(device, devices, nodes, precision, bars, command_line())

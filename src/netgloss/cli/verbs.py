@@ -15,7 +15,7 @@ from netgloss.cli.harden import Harden
 from netgloss.cli.parts import Parts
 from netgloss.cli.plan import Plan
 from netgloss.cli.serve import Serve
-from netgloss.cli.terminal import Bars, bars_of, command_line, console, is_main_process, print_problems, print_scores
+from netgloss.cli.terminal import console, execution, print_problems, print_scores
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,14 +67,13 @@ class Capture:
 
     def run(self, options: CaptureOptions) -> None:
         from netgloss.data.sources import open_sources
-        from netgloss.workflows.capture import shared_capture
+        from netgloss.workflows.capture import capture_store
 
-        fabric = self.processes.launch()
-        classifier = self.model.load().to(fabric.device)
-        source = open_sources(self.images, self.eval_images)
-        with bars_of(fabric) as bars:
-            store = shared_capture(fabric, classifier, source, self.layer, self.out, options=options, progress=bars)
-        if fabric.is_global_zero:
+        with self.processes.execution() as run:
+            classifier = self.model.load().to(run.torch_device)
+            source = open_sources(self.images, self.eval_images)
+            store = capture_store(classifier, source, self.layer, self.out, options=options, device=run)
+        if run.leads:
             print_problems(store.problems)
             console().print(f"{len(store.valid)} images in {self.out}")
 
@@ -102,26 +101,23 @@ class Fit:
     def run(self, method: str, config: Any) -> None:
         from netgloss.activations import Store
         from netgloss.data.sources import open_sources
-        from netgloss.workflows.fit import fit_run
+        from netgloss.workflows.fit import fit
 
-        fabric = self.processes.launch(precision=self.precision)
         store = Store.open(self.store)
         if self.layer is None and len(store.layers) > 1:
             raise UserError(f"{self.store} holds {', '.join(store.layers)}: say which by --layer")
-        with bars_of(fabric) as bars:
-            run = fit_run(
+        with self.processes.execution(precision=self.precision) as execution:
+            run = fit(
                 method,
                 store,
                 store.layers[0] if self.layer is None else self.layer,
                 self.out,
                 config=config,
                 seeds=self.seeds,
-                fabric=fabric,
+                device=execution,
                 source=open_sources(self.images, self.eval_images) if self.images else None,
-                command=command_line(),
-                progress=bars,
             )
-        if fabric.is_global_zero:
+        if execution.leads:
             console().print(f"fitted; next: netgloss evaluate {run.path} --images ...")
 
 
@@ -150,48 +146,22 @@ class Evaluate:
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self) -> None:
-        from netgloss.activations import Store
-        from netgloss.data.sources import open_sources
-        from netgloss.runs.run import Run
-        from netgloss.workflows.annotate import dissect_run
-        from netgloss.workflows.evaluate import EvaluationOptions, evaluate_run
+        from netgloss.evaluation.faithful import FaithfulnessOptions
+        from netgloss.workflows.evaluate import EvaluationOptions, evaluate
 
-        fabric = self.processes.launch()
-        source = open_sources(self.images, self.eval_images) if self.images else None
-        run = Run(self.run_folder)
-        with bars_of(fabric) as bars:
-            adds = self.annotations or self.decoder or self.faithfulness
-            asked = not adds or (self.images and self.decoder is None)
-            if asked or not run.scores:
-                run = evaluate_run(
-                    run,
-                    source=source,
-                    options=EvaluationOptions(untrained_images=self.untrained_images, max_images=self.max_images),
-                    fabric=fabric,
-                    progress=bars,
-                )
-            if not fabric.is_global_zero:
-                return
-            if self.annotations is not None:
-                classifier = run.classifier().to(fabric.device)
-                store = Store.open(run.store)
-                dissect_run(run, self.annotations, store=store, source=source, classifier=classifier, progress=bars)
-            if self.decoder is not None:
-                from netgloss.workflows.decode import show_concepts
-
-                classifier = run.classifier().to(fabric.device)
-                store = Store.open(run.store)
-                decoder = Run(self.decoder)
-                show_concepts(run, decoder, store=store, source=source, classifier=classifier, progress=bars)
-            if self.faithfulness:
-                from netgloss.workflows.faithfulness import faithfulness_run
-
-                faithfulness_run(run, source=source, classifier=run.classifier().to(fabric.device), progress=bars)
-            from netgloss.report import write_report
-
-            if adds and (run.path / "report.html").exists():
-                write_report(run)
-        print_scores(run)
+        with self.processes.execution() as execution:
+            run = evaluate(
+                self.run_folder,
+                images=self.images,
+                eval_images=self.eval_images,
+                annotations=self.annotations,
+                decoder=self.decoder,
+                faithfulness=FaithfulnessOptions() if self.faithfulness else None,
+                options=EvaluationOptions(untrained_images=self.untrained_images, max_images=self.max_images),
+                device=execution,
+            )
+        if execution.leads:
+            print_scores(run)
 
 
 @dataclass
@@ -239,9 +209,9 @@ class Explain:
     def run(self, method: str, config: Any) -> None:
         from netgloss.activations import CaptureOptions
         from netgloss.workflows.evaluate import EvaluationOptions
-        from netgloss.workflows.explain import explain
+        from netgloss.workflows.explain import ExplainOptions, explain
 
-        with Bars() as bars:
+        with self.processes.execution(precision=self.precision) as execution:
             run = explain(
                 method,
                 self.model.load(),
@@ -251,17 +221,14 @@ class Explain:
                 eval_images=self.eval_images,
                 config=config,
                 seeds=self.seeds,
-                device=self.processes.device,
-                devices=self.processes.devices,
-                nodes=self.processes.nodes,
-                precision=self.precision,
-                store=self.store,
-                capture_options=CaptureOptions(dtype=self.dtype, workers=self.workers, strict=self.strict),
-                evaluation=EvaluationOptions(untrained_images=self.untrained_images),
-                command=command_line(),
-                progress=bars,
+                device=execution,
+                options=ExplainOptions(
+                    store=self.store,
+                    capture=CaptureOptions(dtype=self.dtype, workers=self.workers, strict=self.strict),
+                    evaluation=EvaluationOptions(untrained_images=self.untrained_images),
+                ),
             )
-        if is_main_process():
+        if execution.leads:
             print_scores(run)
             console().print(f"report: {run.path / 'report.html'}")
 
@@ -302,8 +269,8 @@ class Demo:
     def run(self) -> None:
         from netgloss.workflows.explain import demo
 
-        with Bars() as bars:
-            run = demo(self.out, num_images=self.images, command=command_line(), progress=bars)
+        with execution() as running:
+            run = demo(self.out, num_images=self.images, device=running)
         print_scores(run)
         console().print(f"open {run.path / 'report.html'} in a browser")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from netgloss.activations.layer import Layer, LayerBatch
-from netgloss.evaluation.measure import image_scores
+from netgloss.evaluation.scores import image_scores
 from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.explainers.cladec import ClaDec
 from netgloss.figures.decoded import Triple, decoded_triples

@@ -6,7 +6,7 @@ and z comes from an encoder or from a table. What can be read (nothing is ever u
 
 - ``file.npz`` or ``file.safetensors`` with ``dictionary`` (K, C), ``bias`` (C,; default 0), and one of
 
-  - ``codes`` (N, K), or (N, K, H, W) for the maps of a map layer: one entry an image of the store, in its order, or
+  - ``codes`` (N, K), or (N, K, H, W) for the maps of a map layer: one subject an image of the store, in its order, or
     in the order of ``ids`` (N,) if these are given; codes (N, K) of a map layer rebuild its mean over the grid;
   - ``W_enc`` (C, K), ``b_enc`` (K,; default 0), and an ``activation``: relu, topk (with ``k``), jumprelu (with
     ``threshold`` (K,) or ()), none. ``b_pre`` (C,; default 0) is subtracted from x first;
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from netgloss.errors import UserError
 from netgloss.evaluation.foreign_files import Arrays, read_arrays
 from netgloss.evaluation.judge import reason_of
-from netgloss.evaluation.result import Entry
+from netgloss.evaluation.subjects import Subject
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
 from netgloss.explainers.nmf import nonnegative_codes
 from netgloss.progress import Progress
@@ -112,7 +112,7 @@ class ForeignDictionary(Explainer):
 
 
 class ForeignCodes(ForeignDictionary):
-    """A linear decoder from elsewhere with a table of codes, one entry an image of the store.
+    """A linear decoder from elsewhere with a table of codes, one subject an image of the store.
 
     ``encode`` of an activation is undefined; ``concepts_of_images`` looks codes up.
     """
@@ -160,24 +160,26 @@ class ForeignModule(Explainer):
         return codes.to(self.atoms.dtype) @ self.atoms
 
 
-def foreign_entries(dictionaries: Mapping[str, Any], store: Store, spec: LayerSpec, progress: Progress) -> list[Entry]:
+def foreign_subjects(
+    dictionaries: Mapping[str, Any], store: Store, spec: LayerSpec, progress: Progress
+) -> list[Subject]:
     """A row of the comparison for each dictionary; one that cannot be read has the reason."""
-    entries = []
+    subjects = []
     for name, given in dictionaries.items():
         origin = str(given) if not isinstance(given, nn.Module) else type(given).__name__
-        entry = Entry(name, origin, kind="foreign")
-        entries.append(entry)
+        subject = Subject(name, origin, kind="foreign")
+        subjects.append(subject)
         try:
             explainer = load_dictionary(given, store, spec)
         except Exception as error:
-            entry.reason = reason_of(error)
-            progress.say(f"{name}: left out: {entry.reason}")
+            subject.reason = reason_of(error)
+            progress.say(f"{name}: left out: {subject.reason}")
             continue
-        entry.explainers, entry.seeds = [explainer.eval()], [0]
+        subject.explainers, subject.seeds = [explainer.eval()], [0]
         assert isinstance(explainer.config, ForeignConfig)
         config = explainer.config
-        entry.config = {"activation": config.activation, **({"top_k": config.top_k} if config.top_k else {})}
-    return entries
+        subject.config = {"activation": config.activation, **({"top_k": config.top_k} if config.top_k else {})}
+    return subjects
 
 
 def load_dictionary(given: Any, store: Store, spec: LayerSpec) -> Explainer:

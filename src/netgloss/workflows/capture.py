@@ -10,40 +10,47 @@ from typing import TYPE_CHECKING, Any
 from netgloss.activations import CaptureOptions, Store, StoreInfo, capture, prepare_store
 from netgloss.activations.capture import origin
 from netgloss.processes import first_then_others, together
-from netgloss.progress import Progress
 from netgloss.runs.run import versions
+from netgloss.training.execution import Execution
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
     from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
 
 
 def store_info(classifier: Classifier, source: ImageSource) -> StoreInfo:
-    """What a store remembers of its origin, and with which versions it was made."""
+    """What a store records of its origin, and the versions that it was made with."""
     return dataclasses.replace(origin(classifier, source), created_with=versions())
 
 
-def shared_capture(
-    fabric: Fabric,
+def capture_store(
     classifier: Classifier,
     source: ImageSource,
     layers: Sequence[str],
     out: str | Path,
     *,
     options: CaptureOptions | None = None,
-    progress: Progress | None = None,
+    device: str | Execution = "auto",
 ) -> Store:
-    """Captures into one store by all processes of a launched ``fabric``; complete when it returns.
+    """Captures into one store by all processes of an execution; complete when it returns.
 
     The store is the same, byte for byte, whatever the number of processes.
+
+    Raises
+    ------
+    UserError : see :func:`netgloss.capture`; in every process.
     """
-    what: dict[str, Any] = {"options": options, "info": store_info(classifier, source), "progress": progress}
+    execution = Execution.of(device)
+    fabric = execution.fabric
+    given: dict[str, Any] = {
+        "options": options,
+        "info": store_info(classifier, source),
+        "progress": execution.shown,
+    }
     first_then_others(
         fabric,
-        lambda: prepare_store(classifier, source, layers, out, **what),
+        lambda: prepare_store(classifier, source, layers, out, **given),
         lambda: Store.open(out),
     )
     rank, world = fabric.global_rank, fabric.world_size
-    return together(fabric, lambda: capture(classifier, source, layers, out, rank=rank, world=world, **what))
+    return together(fabric, lambda: capture(classifier, source, layers, out, rank=rank, world=world, **given))

@@ -1,12 +1,12 @@
-"""The comparison: every metric on every method, on one layer of one network, over the same held-out images.
+"""Compare: every metric on every method, on one layer of one network, over the same held-out images.
 
-:func:`compare` takes fitted runs of one store, or makes the whole sweep itself: one capture, one fit a method and seed,
-one set of controls. What it writes into its folder::
+:func:`compare` takes fitted runs of one store, or makes the whole sweep itself: one capture, one fit per method and
+seed, one set of controls. What it writes into its folder::
 
-    comparison.html, .csv, .json    the table, with intervals, controls, marks, differences and definitions
-    activations.zarr                the store (sweep only; or where ``store`` says)
-    runs/<method>/                  the fitted methods (sweep only)
-    measured/                       numbers measured so far, by the hash of what they depend on
+    comparison.html, .csv, .json    the table, with intervals, controls, verdicts, differences and definitions
+    activations.zarr                the store (of a sweep; or where ``options.store`` says)
+    runs/<method>/                  the fitted methods (of a sweep)
+    measured/                       results measured so far, by the hash of what they depend on
     networks/<name>/                stores and runs of control networks (untrained, ...)
 
 Everything in it is made once: the same command continues an interrupted comparison, and adding a method measures that
@@ -16,55 +16,124 @@ method only.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from netgloss.activations import CaptureOptions, Store, capture
-from netgloss.activations.layer import check_origin, make_tail, split_store
+from netgloss.activations.annotated import MaskedLayer, split_annotated
+from netgloss.activations.layer import check_origin, make_tail
+from netgloss.classifiers import Classifier, load_classifier
 from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
+from netgloss.evaluation.context import Annotated, EvaluationContext
 from netgloss.evaluation.faithful import FaithfulnessOptions
-from netgloss.evaluation.judge import Annotated, Bench
-from netgloss.evaluation.measuring import measure_entries
-from netgloss.evaluation.result import Entry, score_entries
-from netgloss.explainers.names import find_explainer
-from netgloss.progress import Progress, Silent
+from netgloss.evaluation.foreign import foreign_subjects
+from netgloss.evaluation.judge import evaluate_subjects, reason_of
+from netgloss.evaluation.scores import comparison_parts
+from netgloss.evaluation.subjects import Subject
+from netgloss.explainers.base import ExplainerConfig
+from netgloss.explainers.names import explainer_names, find_explainer
 from netgloss.report.comparison import Comparison
 from netgloss.runs.run import Run, versions
-from netgloss.training import ActivationStream, make_fabric
+from netgloss.training.execution import Execution
 from netgloss.training.inputs import upper_layers
+from netgloss.workflows.annotate import open_annotated
 from netgloss.workflows.capture import store_info
-from netgloss.workflows.control_networks import UNTRAINED, about_network, measure_network
-from netgloss.workflows.evaluate import check_image_counts
-from netgloss.workflows.sweep import Configs, check_named, config_of, fill, fit_all, method_list
+from netgloss.workflows.control_networks import UNTRAINED, add_network, describe_network
+from netgloss.workflows.evaluate import check_image_counts, choose_images
+from netgloss.workflows.fit import fit
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
 
+CONTROLS = ("random-directions", "natural-axes")
+"""Methods that are listed as controls."""
+Configs = Mapping[str, ExplainerConfig | Mapping[str, Any]]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclass(frozen=True)
 class CompareOptions:
-    """What a comparison measures besides the scores of every evaluation; the fields are flags of the command line."""
+    """What a comparison compares besides runs, and what it measures.
 
+    Parameters
+    ----------
+    num_concepts, configs : number of concepts of every method that is free to choose, and more options by method.
+    without : methods that are left out, with the reason that the table gives.
+    annotations : folder of images and masks, as for :func:`netgloss.annotate`: adds the dissection.
+    dictionaries : by name, dictionaries made elsewhere (``evaluation/foreign.py``): files, folders, or modules.
+    controls : by name, classifiers of the same architecture with other weights (trained on shuffled labels, say): each
+        method is fitted there too, and its scores are baselines.
+    max_images : evaluate on at most this many held-out images.
+    network_images : images for each control network (the untrained one, and ``controls``); 0 leaves them out.
+    on_rate : share of positions where every concept counts as on, in the dissection.
+    faithfulness : how many images concepts are deleted on.
+    store : where the activations are, or go; default inside ``out``.
+    """
+
+    num_concepts: int = 32
+    configs: Configs = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
+    annotations: str | None = None
+    dictionaries: Mapping[str, Any] = field(default_factory=dict)
+    controls: Mapping[str, Classifier] = field(default_factory=dict)
     max_images: int | None = None
-    """Judge on at most this many held-out images."""
     network_images: int = 0
-    """Images for each control network (the untrained one, and those of --control); 0 leaves them out."""
     on_rate: float = 0.005
-    """Share of positions where every concept counts as on, in the dissection by --annotations."""
+    faithfulness: FaithfulnessOptions = field(default_factory=FaithfulnessOptions)
+    store: str | Path | None = None
+    capture: CaptureOptions | None = None
 
     def __post_init__(self) -> None:
         check_image_counts(max_images=self.max_images, network_images=self.network_images)
         if not 0 < self.on_rate < 1:
             raise UserError(f"on_rate must lie between 0 and 1, got {self.on_rate:g}")
+        if self.controls and self.network_images == 0:
+            raise UserError("control networks need images: say how many by --network-images (network_images)")
+        for method in self.without:
+            find_explainer(method)
+        for method in self.configs:
+            self.config_of(method)
+
+    def config_of(self, method: str) -> ExplainerConfig:
+        """The config of a method: its own, or the fields given for it, with ``num_concepts`` where it is free.
+
+        Raises
+        ------
+        UserError : an option that the method does not have.
+        """
+        given = self.configs.get(method, {})
+        cls = find_explainer(method)
+        if isinstance(given, ExplainerConfig):
+            return given
+        fields: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls.Config)}
+        unknown = sorted(set(given) - set(fields))
+        if unknown:
+            raise UserError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(fields)}")
+        values = dict(given)
+        of_classes = bool({"logits", "labels"} & set(cls.uses))  # so many concepts a class
+        free = fields["num_concepts"] != 0 and not of_classes  # 0: the data decide
+        if free:
+            values.setdefault("num_concepts", self.num_concepts)
+            for name in ("top_k", "target_l0"):
+                if name in fields and name not in values:
+                    values[name] = type(fields[name])(min(fields[name], max(1, self.num_concepts // 2)))
+        try:
+            return cls.Config(**values)
+        except TypeError as error:  # a word where a number belongs
+            said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise UserError(f"{method} cannot take {said}: {error}") from error
+
+    def record(self) -> dict[str, Any]:
+        """What ``comparison.json`` records of the options."""
+        measured = {name: getattr(self, name) for name in ("max_images", "network_images", "on_rate")}
+        return {**measured, "faithfulness": dataclasses.asdict(self.faithfulness)}
 
 
 def compare(
@@ -76,189 +145,179 @@ def compare(
     layer: str | None = None,
     images: ImageSource | str | Path | None = None,
     eval_images: ImageSource | str | Path | None = None,
-    annotations: str | None = None,
-    dictionaries: Mapping[str, Any] | None = None,
-    controls: Mapping[str, Classifier] | None = None,
-    num_concepts: int = 32,
-    configs: Configs | None = None,
-    without: Mapping[str, str] | None = None,
     seeds: int | Sequence[int] = 3,
+    device: str | Execution = "auto",
     options: CompareOptions | None = None,
-    faithfulness: FaithfulnessOptions | None = None,
-    store: str | Path | None = None,
-    capture_options: CaptureOptions | None = None,
-    device: str = "auto",
-    command: str = "",
-    progress: Progress | None = None,
+    **fields: Any,
 ) -> Comparison:
     """Every metric on every method, with intervals, controls and paired differences; written to ``out``.
 
     Parameters
     ----------
-    runs : fitted runs of one store and layer, compared as they are. With ``methods``, the sweep joins them.
+    runs : fitted runs of one store and layer, compared without fitting them again. With ``methods``, the sweep joins
+        them.
     methods : "all", names, or ``path/to/file.py:Class``: fitted here, on ``layer`` of ``model`` over ``images``. A
         method that refuses the layer is listed with its reason.
-    images, eval_images, model : as ``netgloss.explain`` takes them. With runs only, ``images`` is needed for layers
-        inside a block alone.
-    annotations : folder of images and masks, as ``netgloss evaluate --annotations``: adds the dissection.
-    dictionaries : by name, dictionaries made elsewhere (``comparison/foreign.py``): files, folders, or in Python an
-        overcomplete model.
-    controls : by name, classifiers of the same architecture with other weights (trained on shuffled labels, say): each
-        method is fitted there too, and what it scores stands beside.
-    num_concepts, configs : number of concepts of every method that is free to choose, and more options by method.
-    without : methods that are left out, with the reason that the table gives.
+    images, eval_images, model : as for :func:`netgloss.explain`. For runs alone, ``images`` is needed only for layers
+        inside a block.
+    seeds : number of fits per method, or which seeds.
+    device : a device, or an :class:`~netgloss.Execution`.
+    fields : fields of ``options`` by name (``num_concepts=32``).
 
     Returns
     -------
-    The comparison: ``.record`` (what comparison.json holds), ``.to_csv()``, ``.to_html()``.
+    The comparison: ``.record`` (the content of comparison.json), ``.to_csv()``.
 
     Raises
     ------
     UserError : nothing to compare; runs of different stores or layers; a store that is gone.
     """
-    progress = progress or Silent()
-    options = options or CompareOptions()
-    if controls and options.network_images == 0:
-        raise UserError("control networks need images: say how many by --network-images (network_images)")
-    faithfulness = faithfulness or FaithfulnessOptions()
-    fabric = make_fabric(device)
-    check_named(configs or {}, without or {}, num_concepts)
-    out = Path(out)
+    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(CompareOptions)})
+    if unknown:
+        raise UserError(f"compare has no option {', '.join(unknown)}")
+    options = dataclasses.replace(options or CompareOptions(), **fields)
+    execution, out = Execution.of(device), Path(out)
+    started = time.perf_counter()
     opened = [run if isinstance(run, Run) else Run(run) for run in runs]
     source = open_sources(images, eval_images) if images is not None else None
-    started = time.perf_counter()
-    if methods or (dictionaries and not opened):
-        given, layer, source = _need_model(model, layer, source)
-        classifier = _classifier(given).to(fabric.device)
-        place = Path(store) if store is not None else out / "activations.zarr"
-        captured = capture(
-            classifier,
-            source,
-            _layers(place, classifier, layer, method_list(methods) if methods else [], configs or {}, num_concepts),
-            place,
-            options=capture_options,
-            info=store_info(classifier, source),
-            progress=progress,
-        )
+    names = method_list(methods) if methods else []
+    if names or (options.dictionaries and not opened):
+        classifier, layer, store = _captured(model, layer, source, out, names, options, execution)
     elif opened:
-        first = opened[0]
-        layer = layer or first.layer
-        captured = Store.open(store if store is not None else first.store)
-        captured.require_complete()
-        classifier = (_classifier(model) if model is not None else first.classifier()).to(fabric.device)
+        layer = layer or opened[0].layer
+        store = Store.open(options.store if options.store is not None else opened[0].store)
+        store.require_complete()
+        classifier = (_load(model) if model is not None else opened[0].classifier()).to(execution.torch_device)
     else:
         raise UserError("nothing to compare: name run folders, --methods (all, or nmf,pca,...) or --dictionary")
-    assert layer is not None
-    _check_same(opened, captured, layer, classifier, source)
-    entries = [_of_run(run) for run in opened]
-    if methods:
+    _check_same(opened, store, layer, classifier, source)
+    subjects = [Subject.of_run(run) for run in opened]
+    if names:
         assert source is not None
-        entries += fit_all(
-            method_list(methods),
-            captured,
-            layer,
-            out / "runs",
-            configs=configs or {},
-            num_concepts=num_concepts,
-            seeds=seeds,
-            without=without or {},
-            fabric=fabric,
-            classifier=classifier,
-            source=source,
-            command=command,
-            progress=progress,
-        )
-    fit_images, heldout = split_store(captured)
-    warnings = []
-    judged = heldout
-    if len(judged) == 0:
-        judged = fit_images
-        warnings.append("too few images to hold any out: the scores are measured on the images of the fit")
-    if options.max_images is not None and len(judged) > options.max_images:
-        judged = np.sort(np.random.default_rng(0).choice(judged, size=options.max_images, replace=False))
-    stream = ActivationStream(captured, layer, fit_images)
-    if dictionaries:
-        from netgloss.evaluation.foreign import foreign_entries
-
-        spec = stream.spec(num_classes=len(classifier.class_names), image=classifier.input_shape)
-        entries += foreign_entries(dictionaries, captured, spec, progress)
-    if entries and all(entry.reason for entry in entries):
-        told = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries)
-        raise UserError(f"nothing is left to compare: {told}")
-    entries = _unique(entries)
-    bench = Bench(
-        captured,
+        subjects += _fit_methods(names, store, layer, out / "runs", seeds, classifier, source, options, execution)
+    fit_images, _, judged, warnings = choose_images(store, options.max_images)
+    annotated = None
+    if options.annotations:
+        annotated = _annotated(options, classifier, layer, source, out, execution)
+    context = EvaluationContext(
+        store,
         layer,
         classifier,
         source,
         make_tail(classifier, layer, source),
+        fit_images,
         judged,
         out / "measured",
-        faithfulness,
-        _annotated(annotations, classifier, layer, source, out, options, progress) if annotations else None,
-        progress,
+        options.faithfulness,
+        annotated,
+        progress=execution.shown,
     )
-    measure_entries(bench, entries, fit_images)
-    networks = {} if options.network_images == 0 else {UNTRAINED: classifier.untrained(seed=0), **(controls or {})}
+    if options.dictionaries:
+        spec = context.stream(False).spec(num_classes=len(classifier.class_names), image=classifier.input_shape)
+        subjects += foreign_subjects(options.dictionaries, store, spec, execution.shown)
+    if subjects and all(subject.reason for subject in subjects):
+        reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in subjects)
+        raise UserError(f"nothing is left to compare: {reasons}")
+    _make_unique(subjects)
+    evaluate_subjects(context, subjects)
+    networks = {} if options.network_images == 0 else {UNTRAINED: classifier.untrained(seed=0), **options.controls}
     for name, network in networks.items():
         if source is None:
             raise UserError("control networks need the images: say --images")
-        measure_network(name, network, source, bench, entries, out, options.network_images, fabric, progress)
-    questions = ["scores", "faithfulness", *(["dissection"] if bench.annotated else [])]
-    record: dict[str, Any] = {
-        "format_version": 1,
-        "command": command,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "model": captured.info.model,
-        "layer": layer,
-        "layer_shape": list(captured.shapes[layer]),
-        "data": {**captured.info.images, "fingerprint": captured.key.data_fingerprint, "num_images": len(captured)},
-        "num_fit": len(fit_images),
-        "num_judged": len(judged),
-        "num_faithfulness": len(bench.importance_images) + len(bench.deletion_images),
-        "num_importances": len(bench.importance_images),
-        "annotations": annotations,
-        "store_address": captured.key.address,
-        "options": {**dataclasses.asdict(options), "faithfulness": dataclasses.asdict(faithfulness)},
-        "tail": {"mode": bench.tail.mode, "affine": bench.affine, "reason": bench.tail.reason},
-        "control_networks": {name: about_network(name, network) for name, network in networks.items()},
+        add_network(name, network, context, subjects, out, options.network_images, execution)
+    record = {
+        **_record(context, options, execution.command),
+        "control_networks": {name: describe_network(name, network) for name, network in networks.items()},
         "warnings": warnings,
-        "methods": [entry.about() for entry in entries],
+        "methods": [subject.record() for subject in subjects],
     }
-    images_of = {question: bench.images_of(question) for question in questions}  # type: ignore[arg-type]
-    record |= score_entries(entries, images_of, f"{options.on_rate:g}")
+    questions = ["scores", "faithfulness", *(["dissection"] if annotated else [])]
+    images_of = {question: context.images_of(question) for question in questions}
+    record |= comparison_parts(subjects, images_of, f"{options.on_rate:g}")
     record["seconds"] = round(time.perf_counter() - started, 1)
     return Comparison(record).write(out)
 
 
-def _need_model(model: Any, layer: str | None, source: ImageSource | None) -> tuple[Any, str, ImageSource]:
+def method_list(methods: str | Sequence[str]) -> list[str]:
+    """Methods by name or ``path/to/file.py:Class``; "all" stands for every built-in one, controls last.
+
+    Raises
+    ------
+    UserError : no method, or a name that is none.
+    """
+    given = methods.split(",") if isinstance(methods, str) else list(methods)
+    names: dict[str, None] = {}
+    for name in (part.strip() for part in given):
+        if name and name != "all":
+            find_explainer(name)
+        built_in = sorted(explainer_names(), key=lambda known: (known in CONTROLS, known))
+        names |= dict.fromkeys(built_in if name == "all" else [name] if name else [])
+    if not names:
+        raise UserError("compare needs at least one method (--methods all, or --methods nmf,pca)")
+    return list(names)
+
+
+def _record(context: EvaluationContext, options: CompareOptions, command: str) -> dict[str, Any]:
+    """The head of ``comparison.json``: what was compared, on what."""
+    store = context.store
+    return {
+        "format_version": 1,
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "model": store.info.model,
+        "layer": context.name,
+        "layer_shape": list(store.shapes[context.name]),
+        "data": {**store.info.images, "fingerprint": store.key.data_fingerprint, "num_images": len(store)},
+        "num_fit": len(context.fit_images),
+        "num_judged": len(context.images),
+        "num_faithfulness": len(context.importance_images) + len(context.deletion_images),
+        "num_importances": len(context.importance_images),
+        "annotations": options.annotations,
+        "store_address": store.key.address,
+        "options": options.record(),
+        "tail": {"mode": context.tail.mode, "affine": context.affine, "reason": context.tail.reason},
+    }
+
+
+# -- what is compared -------------------------------------------------------------------------------------------------
+
+
+def _captured(
+    model: Any,
+    layer: str | None,
+    source: ImageSource | None,
+    out: Path,
+    methods: Sequence[str],
+    options: CompareOptions,
+    execution: Execution,
+) -> tuple[Classifier, str, Store]:
+    """The classifier, its layer, and the store of the sweep, captured if need be."""
     missing = [name for name, value in (("model", model), ("layer", layer), ("images", source)) if not value]
     if missing or model is None or layer is None or source is None:
         raise UserError(f"a sweep over methods needs {', '.join('--' + name for name in missing)}")
-    return model, layer, source
-
-
-def _layers(
-    place: Path, classifier: Classifier, layer: str, methods: Sequence[str], configs: Configs, num_concepts: int
-) -> list[str]:
-    """The layers to capture: those of a store that holds the layer, else the layer and those that methods rebuild."""
+    classifier = _load(model).to(execution.torch_device)
+    place = Path(options.store) if options.store is not None else out / "activations.zarr"
     held = Store.open(place).layers if place.exists() else []
-    if classifier.check_layer(layer) in held:
-        return held
-    wanted = [layer]
-    for method in methods:
+    layers = held if classifier.check_layer(layer) in held else [layer]
+    for method in methods if layers is not held else ():
         try:
-            cls = find_explainer(method)
-            wanted += upper_layers(cls, config_of(method, configs, num_concepts), classifier, layer)
+            layers += upper_layers(find_explainer(method), options.config_of(method), classifier, layer)
         except UserError:
             continue  # the fit says why
-    return list(dict.fromkeys(wanted))
+    store = capture(
+        classifier,
+        source,
+        list(dict.fromkeys(layers)),
+        place,
+        options=options.capture,
+        info=store_info(classifier, source),
+        progress=execution.shown,
+    )
+    return classifier, layer, store
 
 
-def _classifier(model: Any) -> Classifier:
-    from netgloss.classifiers import Classifier, load_classifier
-
+def _load(model: Any) -> Classifier:
     return model if isinstance(model, Classifier) else load_classifier(model)
 
 
@@ -278,44 +337,91 @@ def _check_same(
         raise UserError(f"layer {layer!r} was captured with --positions; a comparison needs whole maps")
 
 
-def _of_run(run: Run) -> Entry:
-    entry = Entry(run.path.name, run.method)
-    fill(entry, run)
-    return entry
+def _fit_methods(
+    methods: Sequence[str],
+    store: Store,
+    layer: str,
+    folder: Path,
+    seeds: int | Sequence[int],
+    classifier: Classifier,
+    source: ImageSource,
+    options: CompareOptions,
+    execution: Execution,
+) -> list[Subject]:
+    """One run folder per method below ``folder``; those that exist already are only read. A method that cannot be
+    fitted gets the reason."""
+    subjects = []
+    for method, label in zip(methods, _labels(methods), strict=True):
+        subject = Subject(label, method, kind="control" if method in CONTROLS else "method")
+        subjects.append(subject)
+        if method in options.without:
+            subject.reason = options.without[method]
+            continue
+        try:
+            if find_explainer(method).target == "image":
+                raise UserError("it decodes into images: netgloss evaluate scores it, by metrics of its own")
+            run = fit(
+                method,
+                store,
+                layer,
+                folder / label,
+                config=options.config_of(method),
+                seeds=seeds,
+                device=execution,
+                classifier=classifier,
+                source=source,
+            )
+            subject.read(run)
+        except Exception as error:
+            if isinstance(error, UserError) and "choose another --out" in str(error):
+                raise
+            subject.reason = reason_of(error)
+            execution.shown.say(f"{label}: left out: {subject.reason}")
+    return subjects
 
 
-def _unique(entries: list[Entry]) -> list[Entry]:
-    """Entries with names that tell them apart."""
+def _labels(methods: Sequence[str]) -> list[str]:
+    """A short, unique, file-safe name per method."""
+    labels: list[str] = []
+    for method in methods:
+        label = method
+        if ".py" in method:
+            file, _, name = method.partition(":")
+            label = name or Path(file).stem
+        label = re.sub(r"[^\w.-]+", "-", label).strip("-.") or "method"
+        same = sum(other == label or other.startswith(f"{label}-") for other in labels)
+        labels.append(f"{label}-{same + 1}" if label in labels else label)
+    return labels
+
+
+def _make_unique(subjects: Sequence[Subject]) -> None:
+    """Gives subjects of the same name numbers."""
     seen: dict[str, int] = {}
-    for entry in entries:
-        seen[entry.name] = seen.get(entry.name, 0) + 1
-        if seen[entry.name] > 1:
-            entry.name = f"{entry.name}-{seen[entry.name]}"
-    return entries
+    for subject in subjects:
+        seen[subject.name] = seen.get(subject.name, 0) + 1
+        if seen[subject.name] > 1:
+            subject.name = f"{subject.name}-{seen[subject.name]}"
 
 
 def _annotated(
-    annotations: str,
+    options: CompareOptions,
     classifier: Classifier,
     layer: str,
     source: ImageSource | None,
     out: Path,
-    options: CompareOptions,
-    progress: Progress,
+    execution: Execution,
 ) -> Annotated:
-    from netgloss.activations.annotated import MaskedLayer, split_annotated
-    from netgloss.workflows.annotate import open_annotated
-
-    pictures = open_annotated(annotations, source)
-    captured = capture(
+    assert options.annotations is not None
+    pictures = open_annotated(options.annotations, source)
+    store = capture(
         classifier,
         pictures,
         [layer],
         out / "annotated.zarr",
         options=CaptureOptions(logits=False),
         info=store_info(classifier, pictures),
-        progress=progress,
+        progress=execution.shown,
     )
-    data = MaskedLayer(captured, layer, pictures, classifier.preprocessing)
+    data = MaskedLayer(store, layer, pictures, classifier.preprocessing)
     label, score = split_annotated(data)
-    return Annotated(data, label, score, captured.key.address, f"rate:{options.on_rate:g}")
+    return Annotated(data, label, score, store.key.address, f"rate:{options.on_rate:g}")

@@ -6,18 +6,22 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from netgloss.activations import Store
 from netgloss.activations.layer import split_store
 from netgloss.classifiers import imagenet_wnids, load_from_spec
 from netgloss.errors import UserError
-from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
+from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.explainers.names import find_explainer, method_name
 from netgloss.processes import first_then_others
-from netgloss.progress import Progress, Silent
+from netgloss.progress import Progress
 from netgloss.runs.run import Run
-from netgloss.training import ActivationStream, build_explainer, fit, make_fabric
+from netgloss.training import ActivationStream, build_explainer
+from netgloss.training import fit as fit_explainer
+from netgloss.training.execution import Execution
 from netgloss.training.inputs import open_stream
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from netgloss.data import ImageSource
 
 
-def fit_run(
+def fit(
     method: str,
     store: Store,
     layer: str,
@@ -35,25 +39,32 @@ def fit_run(
     *,
     config: ExplainerConfig | None = None,
     seeds: int | Sequence[int] = 3,
-    fabric: Fabric | None = None,
+    device: str | Execution = "auto",
     classifier: Classifier | None = None,
     source: ImageSource | None = None,
-    command: str = "",
-    progress: Progress | None = None,
 ) -> Run:
-    """Fits ``method`` once a seed on the fit images of a complete store and saves the explainers in a run folder.
+    """Fits ``method`` once per seed on the fit images of a store, and saves the explainers in a run folder.
 
-    ``fabric`` says the device, precision and processes of learned methods (see ``netgloss.training.make_fabric``).
-    ``classifier`` is loaded again where the method needs it; ``source``, the images of the store, is needed by methods
-    that learn from images.
+    Parameters
+    ----------
+    method : name or ``path/to/file.py:Class``.
+    store : complete. layer : one of its layers. out : the run folder; an interrupted fit continues.
+    seeds : number of fits, or which seeds.
+    device : a device, or an :class:`~netgloss.Execution`.
+    classifier : the network of the store, for methods that need it; default: loaded by the name in the store.
+    source : the images of the store, for methods that learn from images.
+
+    Returns
+    -------
+    The run, with status "fitted".
 
     Raises
     ------
-    UserError
-        If the method is unknown, the store incomplete or of another network, lacks a layer or the images that the
-        method needs, or ``out`` holds another run.
+    UserError : the method is unknown; the store is incomplete, or lacks the layer or the images that the method needs;
+        ``out`` holds another run.
     """
-    progress = progress or Silent()
+    execution = Execution.of(device)
+    fabric, progress = execution.fabric, execution.shown
     store.require_complete()
     cls = find_explainer(method)
     config = config or cls.Config()
@@ -62,25 +73,19 @@ def fit_run(
         raise UserError("at least one seed is needed")
     fit_images, heldout = split_store(store)
     model = store.info.model
-    names = model.get("class_names", [])
-    fabric = fabric or make_fabric()
 
     def network() -> Classifier:
         if classifier is None and not model:
-            raise UserError(f"{store.path} does not say which network it is of: give fit_run the classifier")
+            raise UserError(f"{store.path} does not say which network it is of: give fit the classifier")
         return (classifier or load_from_spec(model)).to(fabric.device)
 
     stream = open_stream(cls, config, store, layer, fit_images, classifier=network, source=source)
-    if cls.needs(config):
-        wnids = imagenet_wnids(model.get("imagenet")) or []
-        if stream.mask_labels:
-            config = dataclasses.replace(config, labels=stream.mask_labels)  # type: ignore[call-arg]
-        config = cls.settle(config, class_names=names, wnids=wnids, decisions=stream.decisions(fit_images))
+    config = _settled(cls, config, stream, model, fit_images)
     shown = model.get("preprocessing", {})
     image = (shown["channels"], *shown["size"]) if shown else ()
-    spec = stream.spec(num_classes=len(names), image=image)
+    spec = stream.spec(num_classes=len(model.get("class_names", [])), image=image)
     manifest = {
-        "command": command,
+        "command": execution.command,
         "method": method_name(cls),
         "config": dataclasses.asdict(config),
         "model": model,
@@ -106,39 +111,45 @@ def fit_run(
                 if fabric.is_global_zero:
                     run.save_explainer(run.explainer, seed)
             elif cls.learned or fabric.is_global_zero:
-                _fit_seed(run, cls, config, spec, stream, seed, fabric, progress)
+                _fit_seed(run, build_explainer(cls, config, spec, seed=seed), stream, seed, fabric, progress)
         elif fabric.is_global_zero:
             run.checkpoint(seed).remove()  # of a fit that was killed after its explainer was saved
         fabric.barrier()
-    if not fabric.is_global_zero:
-        return run
-    run.update(status="fitted" if run.manifest["status"] == "started" else run.manifest["status"])
+    if fabric.is_global_zero:
+        run.update(status="fitted" if run.manifest["status"] == "started" else run.manifest["status"])
     return run
 
 
-def _fit_seed(
-    run: Run,
+def _settled(
     cls: type[Explainer],
     config: ExplainerConfig,
-    spec: LayerSpec,
     stream: ActivationStream,
-    seed: int,
-    fabric: Fabric,
-    progress: Progress,
+    model: dict[str, Any],
+    fit_images: np.ndarray,
+) -> ExplainerConfig:
+    """The config with what the data decides filled in."""
+    if not cls.needs(config):
+        return config
+    if stream.mask_labels:
+        config = dataclasses.replace(config, labels=stream.mask_labels)  # type: ignore[call-arg]
+    return cls.settle(
+        config,
+        class_names=model.get("class_names", []),
+        wnids=imagenet_wnids(model.get("imagenet")) or [],
+        decisions=stream.decisions(fit_images),
+    )
+
+
+def _fit_seed(
+    run: Run, explainer: Explainer, stream: ActivationStream, seed: int, fabric: Fabric, progress: Progress
 ) -> None:
     checkpoint = run.checkpoint(seed)
     saved = checkpoint.load()
     if fabric.is_global_zero:
         run.trim_history(seed, saved[1]["step"] if saved else 0)
     started = time.perf_counter()
-    explainer = fit(
-        build_explainer(cls, config, spec, seed=seed),
-        stream,
-        seed=seed,
-        fabric=fabric,
-        checkpoint=checkpoint,
-        log=run.log,
-        progress=progress,
+    explainer = fit_explainer(
+        explainer, stream, seed=seed, fabric=fabric, checkpoint=checkpoint, log=run.log, progress=progress
     )
     if fabric.is_global_zero:
         run.add_time(f"fit seed {seed}", time.perf_counter() - started)
