@@ -33,7 +33,7 @@ def maps() -> torch.Tensor:
 
 
 def products() -> Callable[[], None]:
-    from netgloss.explainers._part_loss import templates
+    from netgloss.explainers.parts import templates
 
     x, table = maps().detach().flatten(2), templates(N, N, kappa=30.0)
 
@@ -44,7 +44,7 @@ def products() -> Callable[[], None]:
 
 
 def ours(*, single: bool = False) -> Callable[[], None]:
-    from netgloss.explainers._part_loss import filter_loss
+    from netgloss.explainers.parts import filter_loss
 
     x = maps()
 
@@ -56,7 +56,7 @@ def ours(*, single: bool = False) -> Callable[[], None]:
 
 
 def plain() -> Callable[[], None]:
-    from netgloss.explainers._part_loss import templates
+    from netgloss.explainers.parts import templates
 
     x, table = maps(), templates(N, N, kappa=30.0)
 

@@ -24,9 +24,8 @@ from pathlib import Path
 
 import torch
 
-from netgloss.explainers._srae_modules import hidden_widths
 from netgloss.explainers.base import Batch, LayerSpec
-from netgloss.explainers.srae import SRAE, SRAEConfig
+from netgloss.explainers.srae import SRAE, SRAEConfig, hidden_widths
 from netgloss.runs.run import versions
 
 HERE = Path(__file__).parent

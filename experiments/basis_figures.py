@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from basis_dissection import HERE, SHOWN, SWEEP, annotated
 
 SNAPSHOTS = (20, 100, 200, 400, 800, 1200, 1600, 2000)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from basis_dissection import HERE, annotated, rounded, row
 
 ALPHAS = (0.5, 2.0, 5.0)

@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 import numpy as np
+
 from basis_dissection import HERE, row
 
 LAYERS = (

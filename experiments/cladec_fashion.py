@@ -15,6 +15,8 @@ import copy
 from pathlib import Path
 
 import torch
+
+import netgloss
 from cladec_parts import (
     Table,
     build,
@@ -30,11 +32,9 @@ from cladec_parts import (
     way_to_logits,
 )
 from fashion_mnist_classifier import accuracy, fashion, train_classifier
-
-import netgloss
 from netgloss.classifiers.fresh_encoder import FreshEncoder
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
-from netgloss.metrics.faithfulness.pixel_deletion import (
+from pixel_deletion import (
     corrected_relevance,
     decoded_relevance,
     deletion,

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from fashion_mnist_classifier import accuracy, batches, train_classifier
 from torch import Tensor, nn
 
+from fashion_mnist_classifier import accuracy, batches, train_classifier
+from image_attributes import probe_attributes
 from netgloss.classifiers import Classifier, Taps
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.cladec import ClaDec, ClaDecConfig
-from netgloss.metrics.attributes import probe_attributes
 from netgloss.training.inputs import logits_of_images
 
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
+import netgloss
 from cladec_parts import (
     Part,
     Table,
@@ -32,9 +35,6 @@ from cladec_parts import (
     train,
     way_to_logits,
 )
-from torch import Tensor
-
-import netgloss
 from netgloss.classifiers import Classifier, Tail, Taps
 from netgloss.classifiers.fresh_encoder import FreshEncoder
 from netgloss.data import ArraySource, match_classes

@@ -16,7 +16,6 @@ from typing import Any
 
 from cladec_fashion import ALPHAS, TRAINED, UNITS
 from cladec_parts import spread
-
 from netgloss.runs.run import versions
 
 HERE = Path(__file__).parent
@@ -188,10 +187,10 @@ def figures(work: Path, checkpoint: Path) -> None:
     """Triples of the first seed and the alpha strip, on test images drawn at random."""
     import numpy as np
     import torch
+
     from cladec_fashion import Fashion
     from cladec_parts import rec
     from fashion_mnist_classifier import NAMES
-
     from netgloss.evaluation.decoded import Pictures, caption, make_triples
     from netgloss.figures import alpha_strip, decoded_triples
 

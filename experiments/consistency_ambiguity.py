@@ -30,7 +30,7 @@ from netgloss.metrics.base import interval
 from netgloss.metrics.consistency.affinity import class_affinity
 from netgloss.metrics.consistency.companions import kernel_agreement
 from netgloss.metrics.consistency.under_attack import compare, compare_fooled, cosines_by_bin
-from netgloss.metrics.consistency.units import Units, consistency, responses
+from netgloss.metrics.consistency.units import Units, responses, unit_consistency
 from netgloss.runs.run import versions
 
 HERE = Path(__file__).parent
@@ -133,7 +133,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict:
     rotated = [torch.einsum("bchw,kc->bkhw", m - real.mean((0, 2, 3))[:, None, None], basis) for m in (real, fake)]
     random = compare(*units_of(*rotated), labels, where, gauss, null_draws=0, **common).summary()
     bare, _ = read(classifier.untrained(seed), x, layer)
-    untrained = consistency(units_of(bare)[0], labels, gauss, k=k, null_draws=0).summary()
+    untrained = unit_consistency(units_of(bare)[0], labels, gauss, k=k, null_draws=0).summary()
     bins = cosines_by_bin(result)
     agreement = kernel_agreement(result.real, affinities)
     values = {

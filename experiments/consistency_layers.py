@@ -27,7 +27,14 @@ import netgloss
 from netgloss.adversarial import PixelClassifier
 from netgloss.adversarial.affinity_choice import AffinityChoice
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
-from netgloss.adversarial.probe import AttackChoice, LayerResult, attack_probe, measure_layers, network_mean
+from netgloss.adversarial.probe import (
+    AttackChoice,
+    LayerResult,
+    UnitOptions,
+    attack_probe,
+    measure_layers,
+    network_mean,
+)
 from netgloss.classifiers import Classifier, Tail, Taps
 from netgloss.data import match_classes
 from netgloss.metrics.base import interval
@@ -133,7 +140,12 @@ def measure(net: str, probe: str, seed: int, options: argparse.Namespace) -> dic
     assert made is not None
     tables, _ = AffinityChoice().build(classifier, data)
     results, logits = measure_layers(
-        pixels, data, layers, tables, adversarial=made, k=options.k, null_draws=500, seed=seed, batch_size=24
+        pixels,
+        data,
+        layers,
+        tables,
+        adversarial=made,
+        options=UnitOptions(k=options.k, null_draws=500, seed=seed, batch_size=24),
     )
     return {
         "layers": {layer: of_layer(result) for layer, result in results.items()},

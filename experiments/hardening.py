@@ -29,7 +29,7 @@ from netgloss.adversarial.robustness import AttackPlan
 from netgloss.data.sources import ArraySource
 from netgloss.metrics.base import interval
 from netgloss.runs.run import read_json, to_json, versions
-from netgloss.workflows.harden import HardenPlan, harden_run
+from netgloss.workflows.harden import HardenPlan, harden
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harden_fashion import CLASSES, arrays
@@ -225,9 +225,7 @@ def main() -> None:
     classifier, train, test, affinity = {"cifar": open_cifar, "fashion": open_fashion}[options.name.partition("-")[0]](
         options
     )
-    run = harden_run(
-        classifier, train, test, out=options.out, affinity=affinity, device="cpu", **SETTINGS[options.name]
-    )
+    run = harden(classifier, train, test, out=options.out, affinity=affinity, device="cpu", **SETTINGS[options.name])
     write(options.name, run, read_json(run.path / "result.json"))
 
 

@@ -28,12 +28,11 @@ class Judge:
     """Everything that is measured on the images that were not fitted on."""
 
     def __init__(self, name: str, study: Any, data: Path, runs: Path) -> None:
-        from parts import images_of, store_of
-
         from netgloss.activations.annotated import MaskedLayer, split_annotated
         from netgloss.activations.layer import class_labels, make_tail, split_store
         from netgloss.data import Joined
         from netgloss.evaluation.locate import landmarks_of
+        from parts import images_of, store_of
 
         self.study, self.runs = study, runs
         self.classifier, _, self.store = store_of(name, study, data, runs)
@@ -115,7 +114,7 @@ class Judge:
     @torch.no_grad()
     def decisions(self, explainer: Any) -> dict[str, Any]:
         """Agreement, accuracy and relative errors from both tracks and from each alone; shares; dead maps; p."""
-        from netgloss.explainers._part_watch import peak_counts
+        from netgloss.explainers.parts import peak_counts
         from netgloss.workflows.parts import way_shares
 
         ways = TRACKS if explainer.rest is not None else TRACKS[:1]

@@ -2,9 +2,9 @@
 
     python experiments/planted_recovery.py
 
-Rows of 64 features are sums of 32 planted non-negative directions (``netgloss.data.planted``); each method is fitted on
+Rows of 64 features are sums of 32 planted non-negative directions (``planted.py``); each method is fitted on
 5,000 rows with its defaults and the planted number of concepts, and judged on 5,000 other rows of the same directions
-(``netgloss.metrics.recovery``). One setting is changed at a time. Three seeds: other directions, rows, initialisations.
+(``recovery.py``). One setting is changed at a time. Three seeds: other directions, rows, initialisations.
 Writes experiments/planted-recovery.{md,json}.
 """
 
@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from netgloss.data.planted import PlantedConfig, plant
 from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.names import find_explainer
-from netgloss.metrics.recovery import recovery
 from netgloss.runs.run import versions
 from netgloss.training import build_explainer, fit
+from planted import PlantedConfig, plant
+from recovery import recovery
 
 HERE = Path(__file__).parent
 METHODS = ["nmf", "ica", "topk-sae", "kmeans", "pca", "natural-axes", "random-directions"]

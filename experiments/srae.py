@@ -29,8 +29,8 @@ import netgloss
 from netgloss.activations import Store
 from netgloss.activations.layer import class_labels, split_store
 from netgloss.data import ImageSource, open_annotations, place, to_grid
-from netgloss.explainers._class_scores import ClassScores
 from netgloss.explainers.base import Explainer, ExplainerConfig
+from netgloss.explainers.class_scores import ClassScores
 from netgloss.explainers.linear_head import LinearHead
 from netgloss.explainers.srae import SRAE
 from netgloss.explanations.heatmaps import concept_heatmaps

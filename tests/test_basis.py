@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from netgloss.errors import UserError
-from netgloss.explainers._basis_losses import (
+from netgloss.explainers.base import Batch, LayerSpec
+from netgloss.explainers.basis import (
+    InterpretableBasis,
+    InterpretableBasisConfig,
+    Plateau,
     inactive_classifier,
     maximum_margin,
     network_step,
     row_terms,
 )
-from netgloss.explainers._basis_schedule import Plateau
-from netgloss.explainers.base import Batch, LayerSpec
-from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
 from netgloss.training import FitOptions, build_explainer, fit
 
 

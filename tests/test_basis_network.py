@@ -14,9 +14,8 @@ from torch import Tensor
 from netgloss.classifiers import load_classifier
 from netgloss.data import open_images
 from netgloss.errors import UserError
-from netgloss.explainers._basis_losses import network_certainty
 from netgloss.explainers.base import Batch, LayerSpec
-from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig
+from netgloss.explainers.basis import InterpretableBasis, InterpretableBasisConfig, network_certainty
 from netgloss.training import build_explainer, fit
 from netgloss.workflows.explain import explain
 

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from netgloss.errors import UserError
-from netgloss.explainers._cladec_config import choose_units
-from netgloss.explainers._cladec_objective import alpha_mean, alpha_sum, class_error, reconstruction_error
-from netgloss.explainers._decoders import CompactEncoder, GeneralDecoder, PublishedDecoder, up_sides
 from netgloss.explainers.base import Batch, LayerSpec
-from netgloss.explainers.cladec import ClaDec, ClaDecConfig
+from netgloss.explainers.cladec import (
+    ClaDec,
+    ClaDecConfig,
+    alpha_mean,
+    alpha_sum,
+    choose_units,
+    class_error,
+    reconstruction_error,
+)
+from netgloss.explainers.image_decoders import CompactEncoder, GeneralDecoder, PublishedDecoder, up_sides
 
 
 def count(module: nn.Module) -> int:

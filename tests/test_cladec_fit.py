@@ -278,6 +278,6 @@ def test_explain_and_show(classifier, tmp_path, layer):
     assert "Decoded images" in html
     assert "How to read a triple" in html
     assert html.count("data:image/png;base64,") >= 1
-    picture, numbers = show(run, "critters:1", out=tmp_path / "shown")
+    picture, numbers = show(run, "critters:1", out=tmp_path / "shown")[0].files
     assert picture.stat().st_size > 10_000
     assert "reference_invalid" in numbers.read_text()

@@ -33,7 +33,6 @@ def rectangles(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_what_the_class_needs_is_kept_and_the_rest_is_not(relevant: str, irrelevant: str) -> None:
     from cladec_parts import build, probes, read, train
     from fashion_mnist_classifier import train_classifier
-
     from netgloss.classifiers import Classifier, Preprocessing
     from netgloss.classifiers.fresh_encoder import FreshEncoder
     from netgloss.explainers.cladec import ClaDecConfig

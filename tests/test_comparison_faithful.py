@@ -17,8 +17,8 @@ from netgloss.evaluation.faithful import (
     affine_predict,
     measure_faithfulness,
 )
-from netgloss.explainers._rows import LinearExplainer
 from netgloss.explainers.base import ExplainerConfig, LayerSpec
+from netgloss.explainers.rows import LinearExplainer
 from netgloss.metrics.faithfulness.completeness import completeness_value
 from netgloss.metrics.faithfulness.masking import masked_logits, through
 from netgloss.metrics.faithfulness.shapley import exact_shapley

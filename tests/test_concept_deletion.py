@@ -14,7 +14,6 @@ from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
 from netgloss.metrics.faithfulness.concept_deletion import (
     ConceptDeletion,
-    deletion_scores,
     random_importance,
     ranked_curve,
     ranked_masks,
@@ -78,20 +77,6 @@ def test_areas_by_hand() -> None:
     areas = [found.value(name, "contribution") for name in ("c_deletion", "c_insertion", "c_gain")]
     assert areas == pytest.approx([7 / 18, 11 / 18, 4 / 18])
     assert found.value("surrogate_departure", "contribution") == pytest.approx(0, abs=1e-6)
-
-
-def test_probability_is_that_of_the_softmax() -> None:
-    codes, tail = BY_HAND
-    curve = ranked_curve(class_value(tail, codes, torch.tensor([0]), of="probability"), codes, codes, mode="deletion")
-    assert curve.value.tolist() == [pytest.approx([1 / (1 + math.exp(-x)) for x in (7, 4, 2, 1)])]
-    found = measured(codes, tail, of="probability")
-    assert {s.metric for s in deletion_scores([found])} == {
-        "c_deletion_probability",
-        "c_insertion_probability",
-        "c_gain_probability",
-        "c_carried_probability",
-    }
-    assert found.value("c_carried", "contribution") == pytest.approx(1)
 
 
 def test_absent_concepts_are_not_counted() -> None:
@@ -254,30 +239,6 @@ def test_an_explainer_that_rebuilds_class_scores_itself_needs_no_tail() -> None:
     assert found.value("c_carried", "contribution") == pytest.approx(9 / 11)
     predict = through(explainer, tail, logits)
     assert next(masked_logits(predict, codes, torch.ones(2, 3)))[1, :, 1].tolist() == [5, 9]
-
-
-def test_scores_stand_beside_their_controls() -> None:
-    codes, weights = random_case(images=40)
-    codes[1] = 1
-    tail = bent(weights.abs())
-    runs = [measured(codes, tail, seed=seed) for seed in (0, 1)]
-    scores = {score.metric: score for score in deletion_scores(runs)}
-    assert set(scores) == {
-        "c_deletion_logit",
-        "c_insertion_logit",
-        "c_gain_logit",
-        "c_carried_logit",
-        "surrogate_departure",
-    }
-    assert scores["c_carried_logit"].baselines == {}
-    deletion, insertion, gain = (scores[f"c_{name}_logit"] for name in ("deletion", "insertion", "gain"))
-    assert (deletion.n, deletion.seeds, deletion.higher_is_better) == (40, 2, False)
-    assert insertion.value == deletion.baselines["reversed_ranking"]
-    assert gain.value == pytest.approx(insertion.value - deletion.value)
-    assert gain.baselines["reversed_ranking"] == -gain.value
-    assert deletion.low < deletion.value < deletion.high
-    assert deletion.value < deletion.baselines["random_ranking"] < insertion.value
-    assert set(deletion.baselines) == {"strength", "random_ranking", "reversed_ranking"}
 
 
 def test_random_rankings_depend_on_the_image_and_the_seed_only() -> None:

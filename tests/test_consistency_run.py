@@ -19,23 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from netgloss import figures
-from netgloss.adversarial import PixelClassifier, assign_targets, attack_in_batches, pgd
-from netgloss.adversarial.adaptive import adaptive_pgd
+from netgloss.adversarial import PixelClassifier, attack_in_batches
 from netgloss.adversarial.affinity_choice import AffinityChoice
 from netgloss.adversarial.pixels import load_pixels
-from netgloss.adversarial.probe import AttackChoice, attack_probe, measure_layers, network_mean
+from netgloss.adversarial.probe import AttackChoice, UnitOptions, attack_probe, measure_layers, network_mean
 from netgloss.adversarial.records import to_csv
 from netgloss.adversarial.unit_gallery import choose_units
-from netgloss.classifiers import Classifier, Tail, load_classifier
+from netgloss.classifiers import Classifier, load_classifier
 from netgloss.data.sources import ArraySource, open_images
 from netgloss.errors import UserError
 from netgloss.explainers.base import LayerSpec
 from netgloss.explainers.srae import SRAE, SRAEConfig
-from netgloss.metrics.consistency.units import Units, consistency, responses
+from netgloss.metrics.consistency.units import Units, responses, unit_consistency
 from netgloss.report import write_report
 from netgloss.runs.run import Run
 from netgloss.training import build_explainer
-from netgloss.workflows.consistency import ConsistencyOptions, consistency_run
+from netgloss.training.execution import Execution
+from netgloss.workflows.consistency import ConsistencyOptions, consistency
 
 CLASSES = ["<script>alert(1)</script>", "=cmd", "c"]
 
@@ -87,14 +87,14 @@ SMALL = ConsistencyOptions(null_draws=50, difference_images=12, shown_units=3, s
 
 def test_run_folder_and_report(classifier: Classifier, tmp_path: Path) -> None:
     attack = AttackChoice(eps=50, steps=4)
-    run = consistency_run(
+    run = consistency(
         classifier,
         pictures(),
         ["relu", "conv"],
         out=tmp_path / "run",
         attack=attack,
         options=SMALL,
-        command="netgloss <x>",
+        device=Execution("cpu", command="netgloss <x>"),
     )
     rows = list(csv.DictReader(io.StringIO((run.path / "units.csv").read_text())))
     assert [r["layer"] for r in rows] == ["relu"] * 5 + ["conv"] * 10  # conv is signed: two poles a channel
@@ -140,14 +140,14 @@ def test_run_folder_and_report(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fields of a consistency run"):
         write_report(run)
     with pytest.raises(UserError, match="another run"):
-        consistency_run(classifier, pictures(), ["conv"], out=run.path, attack=attack, options=SMALL)
+        consistency(classifier, pictures(), ["conv"], out=run.path, attack=attack, options=SMALL)
 
 
 def test_without_attack_and_with_several_seeds(classifier: Classifier, tmp_path: Path) -> None:
     options = ConsistencyOptions(
         seeds=2, max_images=60, null_draws=0, difference_images=0, shown_units=2, shown_images=1, controls=False
     )
-    run = consistency_run(
+    run = consistency(
         classifier, pictures(), ["relu"], out=tmp_path / "run", attack=AttackChoice("none"), options=options
     )
     result = json.loads((run.path / "result.json").read_text())
@@ -170,7 +170,7 @@ def test_too_few_images_are_told_before_the_attack(
 
     monkeypatch.setattr("netgloss.workflows.consistency.attack_probe", attacked)
     with pytest.raises(UserError, match=r"smallest class of the probe set has 19 images.*--k"):
-        consistency_run(classifier, pictures(19), ["relu"], out=tmp_path / "run", options=SMALL)
+        consistency(classifier, pictures(19), ["relu"], out=tmp_path / "run", options=SMALL)
 
 
 def test_an_interrupted_attack_goes_on(classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,19 +187,19 @@ def test_an_interrupted_attack_goes_on(classifier: Classifier, tmp_path: Path, m
     monkeypatch.setattr("netgloss.adversarial.probe.SAVE_SECONDS", 0.0)
     monkeypatch.setattr("netgloss.adversarial.probe.attack_in_batches", partial(counted, stop=3))
     with pytest.raises(KeyboardInterrupt):
-        consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
+        consistency(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
     made.clear()
     monkeypatch.setattr("netgloss.adversarial.probe.attack_in_batches", counted)
-    run = consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
+    run = consistency(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
     assert sum(made) == 75 - 2 * 32
     kill_after_the_attack(classifier, attack, tmp_path / "late", monkeypatch)
     assert sum(made) == 75 - 2 * 32 + 75
-    whole = consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "whole", attack=attack, options=SMALL)
+    whole = consistency(classifier, pictures(), ["relu"], out=tmp_path / "whole", attack=attack, options=SMALL)
     for name in ("result.json", "units.csv", "scores.json"):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
     assert not list(run.path.glob("*checkpoint*"))
     made.clear()
-    consistency_run(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
+    consistency(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=attack, options=SMALL)
     assert not made
 
 
@@ -215,8 +215,8 @@ def kill_after_the_attack(
     with monkeypatch.context() as patch:
         patch.setattr("netgloss.workflows.consistency.measure_layers", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            consistency_run(classifier, pictures(), ["relu"], **given)
-    assert consistency_run(classifier, pictures(), ["relu"], **given).manifest["status"] == "complete"
+            consistency(classifier, pictures(), ["relu"], **given)
+    assert consistency(classifier, pictures(), ["relu"], **given).manifest["status"] == "complete"
 
 
 def test_concepts_of_an_explainer(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
 
     explained = demo(tmp_path / "demo", num_images=60)
     options = ConsistencyOptions(null_draws=0, difference_images=4, shown_units=1, shown_images=1, k=10)
-    run = consistency_run(
+    run = consistency(
         explained.classifier(),
         open_images("critters:200"),
         [],
@@ -236,7 +236,7 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
         options=options,
     )
     (score,) = run.scores
-    channels = consistency_run(
+    channels = consistency(
         explained.classifier(),
         open_images("critters:200"),
         [explained.layer],
@@ -251,7 +251,7 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     assert rows[0]["explainer"] == explained.method
     store = capture(explained.classifier(), open_images("critters:60"), ["block5"], tmp_path / "store")
     pooled = fit("linear-head", store, "block5", tmp_path / "head", seeds=1)
-    run = consistency_run(
+    run = consistency(
         explained.classifier(),
         open_images("critters:200"),
         [],
@@ -262,7 +262,7 @@ def test_concepts_of_an_explainer(tmp_path: Path) -> None:
     )
     assert run.manifest["status"] == "complete"
     with pytest.raises(UserError, match="explains layer"):
-        consistency_run(explained.classifier(), pictures(), ["block1"], out=tmp_path / "no", explainer=explained.path)
+        consistency(explained.classifier(), pictures(), ["block1"], out=tmp_path / "no", explainer=explained.path)
 
 
 def explained(path: Path, classifier: Classifier, seed: int) -> Path:
@@ -285,13 +285,13 @@ def test_pooled_concepts_and_which_explainer_it_was(
     moved: list[Any] = []
     monkeypatch.setattr(SRAE, "to", lambda self, device: [self, moved.append(device)][0])
     given: dict[str, Any] = {"out": tmp_path / "run", "attack": AttackChoice("none"), "options": SMALL}
-    run = consistency_run(classifier, pictures(), [], explainer=one, **given)
+    run = consistency(classifier, pictures(), [], explainer=one, **given)
     result = json.loads((run.path / "result.json").read_text())
     assert "differences" not in result["layers"]["relu"]  # a mean over the grid rebuilds no map
-    assert moved == ["cpu"]
-    assert consistency_run(classifier, pictures(), [], explainer=one, **given).manifest["status"] == "complete"
+    assert moved == [torch.device("cpu")]
+    assert consistency(classifier, pictures(), [], explainer=one, **given).manifest["status"] == "complete"
     with pytest.raises(UserError, match="another run"):
-        consistency_run(classifier, pictures(), [], explainer=other, **given)
+        consistency(classifier, pictures(), [], explainer=other, **given)
 
 
 def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classifier) -> None:
@@ -301,7 +301,13 @@ def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classif
     made = attack_probe(pixels, data, AttackChoice(eps=20, steps=2))
     found = [
         measure_layers(
-            pixels, data, ["relu"], tables, adversarial=made, encoders=e, controls=False, null_draws=0, batch_size=b
+            pixels,
+            data,
+            ["relu"],
+            tables,
+            adversarial=made,
+            encoders=e,
+            options=UnitOptions(controls=False, null_draws=0, batch_size=b),
         )[0]["relu"]
         for e, b in (({}, 32), ({}, 7), ({"relu": lambda a: a}, 75))
     ]
@@ -310,7 +316,7 @@ def test_channels_are_identity_and_streaming_changes_nothing(classifier: Classif
         assert torch.allclose(found[0].scores.consis, other.scores.consis)
     with torch.no_grad():
         maps = classifier.net.relu(classifier.net.conv(data.pixels()))
-    whole = consistency(
+    whole = unit_consistency(
         Units.of(responses(maps)).select(responses(maps)), data.probe_labels, tables["chosen"], null_draws=0
     )
     assert torch.allclose(whole.consis, found[0].scores.consis)
@@ -366,9 +372,7 @@ def test_networks_that_make_no_ensemble_are_refused(classifier: Classifier, tmp_
         ("ensemble", [critters], "read the same images: 3 and 8 classes"),
     ):
         with pytest.raises(UserError, match=message):
-            consistency_run(
-                classifier, pictures(), ["relu"], out=tmp_path / "run", attack=AttackChoice(attack), also=also
-            )
+            consistency(classifier, pictures(), ["relu"], out=tmp_path / "run", attack=AttackChoice(attack), also=also)
     with pytest.raises(UserError, match="cannot be untargeted"):
         AttackChoice("ensemble", untargeted=True)
     assert not (tmp_path / "run").exists()
@@ -404,39 +408,6 @@ def test_affinity_sources(classifier: Classifier, tmp_path: Path) -> None:
             AffinityChoice(wnids=shipped).build(classifier, data)
 
 
-def test_adaptive_attack_raises_the_agreement(classifier: Classifier) -> None:
-    """Units that agree with the target are what the attacker pays for: s of its images is not below plain PGD's."""
-    from netgloss.metrics.consistency.difference import agreement_with_units, prediction_difference
-
-    data = load_pixels(classifier, pictures(8))
-    pixels = PixelClassifier.of(classifier)
-    x, y = data.pixels(), data.labels
-    targets = assign_targets(data.probe_labels, ids=data.ids)
-    tail = Tail(classifier, "relu", example=x[:2])
-    meaning = torch.zeros(3, 5)
-    meaning[0, 0] = meaning[1, 1] = meaning[2, 2] = 1
-    meaning[:, 4] = 0.2
-    eps = 0.15
-    common: dict[str, Any] = {"targets": targets, "eps": eps, "steps": 10, "ids": data.ids}
-    adapted = adaptive_pgd(
-        pixels, x, y, probe_targets=targets, layer="relu", tail=tail, meaning=meaning, weight=50.0, **common
-    )
-    plain = pgd(pixels, x, y, restarts=1, **common)
-    assert float(adapted.linf.max()) <= eps + 1e-6
-    assert 0 <= float(adapted.images.min()) <= float(adapted.images.max()) <= 1
-
-    def agreement(images: Tensor) -> float:
-        with torch.no_grad():
-            activation = classifier.net.relu(classifier.net.conv(images))
-        difference = prediction_difference(activation, tail, classes=targets)
-        s = agreement_with_units(difference, meaning.double(), torch.eye(3, dtype=torch.float64), targets)
-        return float(s.nan_to_num(0).mean())
-
-    assert agreement(adapted.images) >= agreement(plain.images) - 1e-6
-    with pytest.raises(UserError, match="5 channels"):
-        adaptive_pgd(pixels, x, y, probe_targets=targets, layer="relu", tail=tail, meaning=meaning[:, :4], **common)
-
-
 def test_wordnet_ids_are_shown_by_the_network_s_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """The affinity keeps the ids; who reads the report sees names."""
     ids = ["n01440764", "n02102040", "n02979186"]
@@ -456,11 +427,11 @@ def test_csv_is_harmless() -> None:
 
 def test_mistakes(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no layer"):
-        consistency_run(classifier, pictures(), ["rely"], out=tmp_path / "a")
+        consistency(classifier, pictures(), ["rely"], out=tmp_path / "a")
     with pytest.raises(UserError, match="--layer"):
-        consistency_run(classifier, pictures(), [], out=tmp_path / "a")
+        consistency(classifier, pictures(), [], out=tmp_path / "a")
     with pytest.raises(UserError, match="at least 20"):
-        consistency_run(classifier, pictures(5), ["relu"], out=tmp_path / "b", attack=AttackChoice("none"))
+        consistency(classifier, pictures(5), ["relu"], out=tmp_path / "b", attack=AttackChoice("none"))
     assert not (tmp_path / "a").exists()
     with pytest.raises(UserError, match="is not finished"):
         write_report(Run(tmp_path / "b"))
@@ -480,40 +451,6 @@ def test_heat_tile_marks_the_threshold() -> None:
     assert np.array_equal(figures.heat_tile(image, None, high=1.0), np.full((96, 96, 3), 100, np.uint8))
     assert np.abs(figures.heat_tile(image, -strength, high=1.0).astype(int) - 100).max() <= 1
     assert figures.heat_tile(image[..., 0], strength, high=2.0).shape == (96, 96, 3)
-
-
-def test_figures_show_what_they_are_given() -> None:
-    hist = figures.consistency_histograms({"R": [0.1, 0.2, math.nan], "V": [0.0]}, null=[0.05, 0.1])
-    bars = [[p.get_height() for p in axes.patches if hasattr(p, "get_height")] for axes in hist.axes]
-    assert len(hist.axes) == 2
-    assert all(sum(b) == pytest.approx(1) for b in bars)
-    assert "0.150" in hist.axes[0].get_title(loc="left")
-    bins = [{"lc": 0.1 * i, "cs1": 0.9, "cs2": 0.1 * i, "chance1": 0.7, "chance2": math.nan} for i in range(4)]
-    chart = figures.cosines_by_bin_chart({"before": bins, "after": bins})
-    assert chart.axes[1].lines[0].get_ydata().tolist() == [0.9] * 4
-    assert len(chart.axes[0].lines) == 3  # two curves and one known chance
-    scatter = figures.before_and_after([0.1, 0.2, math.nan], [0.3, 0.1, 0.5])
-    assert "1 of 2 units rose" in scatter.axes[0].get_title(loc="left")
-    lines = figures.accuracy_by_eps({"at": {0.0: [0.9, 0.8], 4.0: [0.5, 0.3]}})
-    assert lines.axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.85, 0.4])
-    image, grid = np.zeros((4, 4, 3), np.uint8), np.eye(2)
-    both = figures.real_and_adversarial(
-        [image], [grid], ["cat"], [image] * 2, [None, grid], ["cat → dog"] * 2, "$unit$"
-    )
-    assert [a.get_title() for a in both.axes] == ["cat", "cat → dog", "cat → dog"]
-    units = [("unit 1", 2.0, image), ("unit 2", -1.0, image)]
-    traced = figures.trace_figure(image, image, [units, units[:1]], ("cat", "dog"), (0.9, 0.1))
-    assert len(traced.axes) == 5
-    for bad in (
-        lambda: figures.consistency_histograms({}),
-        lambda: figures.cosines_by_bin_chart({"a": []}),
-        lambda: figures.before_and_after([1.0], []),
-        lambda: figures.accuracy_by_eps({}),
-        lambda: figures.trace_figure(image, image, [[], []], ("a", "b"), (0, 0)),
-        lambda: figures.real_and_adversarial([image], [], ["a"], [], [], [], "t"),
-    ):
-        with pytest.raises(UserError):
-            bad()
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -10,25 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from image_attributes import ATTRIBUTES, attributes, probe_attributes
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
 from netgloss.explainers.natural_axes import NaturalAxes
 from netgloss.explanations.decoded_concepts import ConceptDecoder, Manifold, visibility
 from netgloss.figures import (
-    READING,
-    ConceptPictures,
     Triple,
-    alpha_strip,
-    alpha_trade_off,
-    concept_strip,
     decoded_triples,
-    depth_curve,
     difference_map,
-    layer_strip,
-    neighbour_strip,
 )
-from netgloss.metrics.attributes import ATTRIBUTES, attributes, probe_attributes
-from netgloss.metrics.faithfulness.pixel_deletion import (
+from netgloss.report import write_report
+from netgloss.workflows.decode import show_concepts
+from netgloss.workflows.explain import explain
+from pixel_deletion import (
     corrected_relevance,
     decoded_relevance,
     deletion,
@@ -37,9 +32,6 @@ from netgloss.metrics.faithfulness.pixel_deletion import (
     paired_difference,
     trivial_orders,
 )
-from netgloss.report import write_report
-from netgloss.workflows.decode import show_concepts
-from netgloss.workflows.explain import explain
 
 # -- T7: concepts made visible ----------------------------------------------------------------------------------------
 
@@ -272,31 +264,6 @@ def test_triples_say_when_the_reference_is_invalid() -> None:
     np.testing.assert_allclose(shown, image.transpose(1, 2, 0))  # never stretched
     alone = decoded_triples([Triple(image, None, image, kept=image)])
     assert len(alone.axes) == 3
-
-
-def test_strips() -> None:
-    image = picture(0, 1)
-    figure = alpha_strip(image, [image, image], [0, 0.5], num_values=1024, recs=[1, 2], probabilities=[0.1, 0.9])
-    assert "P = 1,024" in figure.get_suptitle()
-    assert len(layer_strip(image, [image] * 3, [image, None, image], ["a", "b", "c"]).axes) == 8
-    assert len(neighbour_strip(image, [picture(i, 1) for i in range(5)]).axes) == 7
-    row = ConceptPictures(image, image, image, image * 0, image, logit_change=-1.25, notes=["off manifold"])
-    figure = concept_strip([row, row], visibility="visibility 2 (1.5 to 3)", title="concept 3")
-    assert any("−1.25" in axes.get_xlabel() and "off manifold" in axes.get_xlabel() for axes in figure.axes)
-    assert len(READING) == 4
-
-
-def test_curves() -> None:
-    figure = alpha_trade_off(
-        [0, 0.5], [40, 42], [0.8, 0.7], num_values=1024, ylabel="class loss", points={"reference": (25.0, 1.3)}
-    )
-    (axes,) = figure.axes
-    assert [text.get_text() for text in axes.texts] == ["0", "0.5", "reference"]
-    assert axes.lines[0].get_xydata().tolist() == [[40, 0.8], [42, 0.7]]
-    assert "1,024" in axes.get_xlabel()
-    figure = depth_curve(["a", "b"], {"rec_cladec": [1, 2], "rec_refae": [0.5, math.nan]}, ylabel="R")
-    assert [line.get_label() for line in figure.axes[0].lines] == ["rec_cladec", "rec_refae"]
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["a", "b"]
 
 
 # -- the whole way ----------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from scipy.optimize import linear_sum_assignment, nnls
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers._rows import LinearExplainer, RowsExplainer, feature_moments
 from netgloss.explainers.base import Explainer, LayerSpec, to_rows
 from netgloss.explainers.names import find_explainer, method_name
 from netgloss.explainers.nmf import nonnegative_codes
+from netgloss.explainers.rows import LinearExplainer, RowsExplainer, feature_moments
 
 DIRECT = ["pca", "ica", "nmf", "kmeans", "natural-axes", "random-directions"]
 METHODS = [*DIRECT, "topk-sae"]

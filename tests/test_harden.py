@@ -29,14 +29,15 @@ from netgloss.adversarial.arms import (
 from netgloss.adversarial.harden import (
     DivergedError,
     HardenConfig,
+    Hardening,
     HardeningStep,
-    _Loop,
-    harden,
+    _HardenTraining,
     overfits,
     split_training,
 )
 from netgloss.adversarial.pixels import load_pixels
 from netgloss.adversarial.robustness import (
+    Attacked,
     AttackPlan,
     autoattack_accuracies,
     masking_failures,
@@ -50,11 +51,10 @@ from netgloss.errors import UserError
 from netgloss.metrics.feature_health import (
     class_mean_ratio,
     effective_rank,
-    match_units,
     response_correlation,
     source_vs_nearest_target_ratio,
 )
-from netgloss.training import FitOptions
+from netgloss.training import FitOptions, make_fabric
 
 NET = """
 import torch
@@ -243,9 +243,13 @@ def test_feature_term_reaches_nothing_above_phi(classifier: Classifier) -> None:
 
 
 def run(classifier: Classifier, arm: str, config: HardenConfig, seed: int = 0, **options: Any) -> Any:
-    return harden(
-        classifier, load_pixels(classifier, pictures()), layer="conv", arm=arm, config=config, seed=seed, **options
-    )
+    return Hardening(classifier, load_pixels(classifier, pictures()), "conv", arm, config, seed).run(**options)
+
+
+def training(classifier: Classifier, pixels: PixelClassifier, arm: str, config: HardenConfig) -> _HardenTraining:
+    data, watch = load_pixels(classifier, pictures()), (make_fabric("cpu"), None, FitOptions(), None)
+    module, index = HardeningStep(pixels, "conv", arm, config), torch.arange(20)
+    return _HardenTraining(module, data, index, index, 0, find_arm(arm).crafting, watch)
 
 
 def test_beta_zero_is_adversarial_training_bit_for_bit(classifier: Classifier) -> None:
@@ -278,7 +282,7 @@ def test_clean_arm_by_hand(classifier: Classifier) -> None:
     fit, held = split_training(data, config.holdout)
     assert sorted([*fit.tolist(), *held.tolist()]) == list(range(len(data)))
     assert data.probe_labels[held].bincount().tolist() == [1, 1, 1]
-    found = harden(classifier, data, layer="conv", arm="clean", config=config)
+    found = Hardening(classifier, data, "conv", "clean", config).run()
     net = classifier.untrained(0).net
     net.load_state_dict(classifier.net.state_dict())
     net.requires_grad_(True).eval()
@@ -366,11 +370,11 @@ def test_a_resumed_momentum_is_on_the_device_of_the_weights(
         run(classifier, "clean", small(), options=FitOptions(checkpoint_seconds=-1, log_every=1), checkpoint=memory)
     found: list[Any] = []
 
-    def kept(loop: Any, *unused: Any) -> None:
+    def kept(loop: _HardenTraining) -> None:
         found.extend(entry["momentum_buffer"].device for entry in loop.optimizer.state.values())
         raise Killed
 
-    monkeypatch.setattr("netgloss.adversarial.harden._train", kept)
+    monkeypatch.setattr(_HardenTraining, "prepare", kept)
     elsewhere = SimpleNamespace(device=torch.device("meta"))
     with pytest.raises(Killed):
         run(classifier, "clean", small(), fabric=elsewhere, checkpoint=memory)
@@ -403,7 +407,7 @@ def test_planted_history_switches_to_pgd(classifier: Classifier) -> None:
     config = small(craft_steps=3)
     for arm, switched in (("consistent", 2), ("pgd-at", None)):
         pixels = PixelClassifier(classifier.untrained(0).net.requires_grad_(True), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
-        loop = _Loop(HardeningStep(pixels, "conv", arm, config), config, 0, 30, find_arm(arm).crafting)
+        loop = training(classifier, pixels, arm, config)
 
         def planted(pgd: float, fgsm: float) -> dict[str, float]:
             return {"clean": 0.8, "pgd": pgd, "fgsm_rs": fgsm, "feature_norm": 1.0, "effective_rank": 1.0}
@@ -438,7 +442,7 @@ def test_a_network_that_lost_what_it_knew_is_warned_about(classifier: Classifier
     for after, from_scratch, told in ((0.1, False, True), (0.8, False, False), (0.1, True, False)):
         config = small(from_scratch=from_scratch)
         pixels = PixelClassifier.of(classifier)
-        loop = _Loop(HardeningStep(pixels, "conv", "trades", config), config, 0, 20, "trades")
+        loop = training(classifier, pixels, "trades", config)
         loop.checks, loop.best_epoch = [{"clean": 0.9}, {"clean": after}], 1
         assert any("fell from 0.90 to 0.10: lower --lr" in line for line in loop.warnings()) == told
 
@@ -471,9 +475,9 @@ def test_images_that_do_not_fit(classifier: Classifier) -> None:
         with pytest.raises(UserError, match=message):
             load_pixels(classifier, source)
     with pytest.raises(UserError, match="two at least"):
-        harden(classifier, load_pixels(classifier, pictures(1)), layer="conv", arm="at")
+        Hardening(classifier, load_pixels(classifier, pictures(1)), "conv", "at").run()
     with pytest.raises(UserError, match="no layer"):
-        harden(classifier, load_pixels(classifier, pictures(4)), layer="convv", arm="at")
+        Hardening(classifier, load_pixels(classifier, pictures(4)), "convv", "at").run()
     assert len(load_pixels(classifier, pictures(14), number=9)) == 9
 
 
@@ -491,7 +495,9 @@ def test_survivors_of_a_linear_network() -> None:
     x.view(5, 12)[:, :6] += torch.tensor([0.0, 0.02, 0.04, 0.06, 0.08])[:, None]
     y = torch.zeros(5, dtype=torch.long)  # margin 2 * 6 * step, |w_0 - w_1|_1 = 24
     plan = AttackPlan(attack_steps=20, restarts=1, long_steps=0, feature_steps=0, l2=0.0)
-    found = robust_accuracies(pixels, x + 0.001 * (torch.arange(12) < 6).view(3, 2, 2), y, eps=0.025, plan=plan)
+    found = robust_accuracies(
+        pixels, Attacked(x + 0.001 * (torch.arange(12) < 6).view(3, 2, 2), y), eps=0.025, plan=plan
+    )
     assert found["clean"] == 1.0
     assert found["pgd-20"] == found["fgsm-rs"] == pytest.approx(0.4)  # 0.06 and 0.08 exceed 2 * 0.025
     assert found["pgd 2 eps"] == 0.0
@@ -550,14 +556,8 @@ def test_effective_rank_and_ratios() -> None:
         class_mean_ratio(phi, real, labels, torch.tensor([0]), torch.tensor([2]))
 
 
-def test_units_are_matched_again() -> None:
-    generator = torch.Generator().manual_seed(0)
-    before = torch.randn(50, 6, generator=generator)
-    order = torch.randperm(6, generator=generator)
-    after = 3 * before[:, order] + 1
-    chosen, correlation = match_units(before, after)
-    assert torch.equal(after[:, chosen].argsort(0), before.argsort(0))
-    assert torch.allclose(correlation, torch.ones(6, dtype=torch.float64))
+def test_response_correlation_ignores_scale_and_is_undefined_for_constant_units() -> None:
+    before = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(response_correlation(before, 2 * before), torch.ones(6, dtype=torch.float64))
     assert torch.isnan(response_correlation(before, torch.ones(50, 6))).all()
 
@@ -565,7 +565,7 @@ def test_units_are_matched_again() -> None:
 def test_checkpoint_loads_like_any_other(
     classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from netgloss.workflows.harden import HardenPlan, harden_run, load_hardened
+    from netgloss.workflows.harden import HardenPlan, harden, load_hardened
 
     plan = HardenPlan(arms=("clean", "consistent"), seeds=2, betas=(0.5, 2.0), k=4, v_steps=2, attack_images=9)
     attacks = AttackPlan(attack_steps=2, restarts=1, long_steps=3, feature_steps=2)
@@ -577,7 +577,7 @@ def test_checkpoint_loads_like_any_other(
         "device": "cpu",
     }
     out = tmp_path / "run"
-    found = harden_run(classifier, pictures(), pictures(8, seed=1), out=out, **options)
+    found = harden(classifier, pictures(), pictures(8, seed=1), out=out, **options)
     assert found.manifest["status"] == "complete"
     again = load_hardened(found, "consistent", 1)
     direct = netgloss.load_classifier(
@@ -609,28 +609,28 @@ def test_checkpoint_loads_like_any_other(
     with pytest.raises(UserError, match="--trust-code"):
         load_hardened(found, "consistent", 1)
     stamp = (out / "hardened-clean-seed0.safetensors").stat().st_mtime_ns
-    harden_run(classifier, pictures(), pictures(8, seed=1), out=out, **options)
+    harden(classifier, pictures(), pictures(8, seed=1), out=out, **options)
     assert (out / "hardened-clean-seed0.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="another run"):
-        harden_run(classifier, pictures(), pictures(8, seed=1), out=out, **{**options, "config": small(epochs=2)})
-    monkeypatch.setattr("netgloss.workflows.harden._Job.judge", pytest.fail)  # minutes, for nothing
+        harden(classifier, pictures(), pictures(8, seed=1), out=out, **{**options, "config": small(epochs=2)})
+    monkeypatch.setattr("netgloss.workflows.harden._Job.evaluate", pytest.fail)  # minutes, for nothing
     with pytest.raises(UserError, match="has 1 training image"):
-        harden_run(
+        harden(
             classifier, pictures(1), pictures(8, seed=1), out=tmp_path / "few", **{**options, "plan": HardenPlan(k=4)}
         )
     with pytest.raises(UserError, match="is a run of netgloss harden and holds no explainer"):
         found.explainer  # noqa: B018
     with pytest.raises(UserError, match="is a run of netgloss harden and holds no explainer"):
         found.store  # noqa: B018
-    with pytest.raises(UserError, match="judged on other images"):
-        harden_run(classifier, pictures(), pictures(), out=tmp_path / "other", **options)
+    with pytest.raises(UserError, match="evaluated on other images"):
+        harden(classifier, pictures(), pictures(), out=tmp_path / "other", **options)
 
 
 def test_a_judgement_is_not_taken_over_by_other_settings(
     classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the judgement of the original and the first checkpoint of an arm."""
-    from netgloss.workflows.harden import HardenPlan, harden_run
+    from netgloss.workflows.harden import HardenPlan, harden
 
     def killed(*unused: Any) -> None:
         raise Killed
@@ -644,9 +644,9 @@ def test_a_judgement_is_not_taken_over_by_other_settings(
         "device": "cpu",
     }
     with pytest.raises(Killed):
-        harden_run(classifier, pictures(), pictures(8, seed=1), config=small(eps=8), **given)
+        harden(classifier, pictures(), pictures(8, seed=1), config=small(eps=8), **given)
     with pytest.raises(UserError, match="another run"):
-        harden_run(classifier, pictures(), pictures(8, seed=1), config=small(eps=4), **given)
+        harden(classifier, pictures(), pictures(8, seed=1), config=small(eps=4), **given)
 
 
 # -- other libraries --------------------------------------------------------------------------------------------------
@@ -664,11 +664,11 @@ def test_autoattack_or_one_line(classifier: Classifier, monkeypatch: pytest.Monk
             autoattack_accuracies(pixels, x, y, eps=0.1)
         monkeypatch.setattr("netgloss.adversarial.robustness.surviving", pytest.fail)  # minutes, for nothing
         with pytest.raises(UserError, match=r"netgloss\[oracle\]"):
-            robust_accuracies(pixels, x, y, eps=0.1, plan=AttackPlan(autoattack=True))
+            robust_accuracies(pixels, Attacked(x, y), eps=0.1, plan=AttackPlan(autoattack=True))
         return
     theirs = autoattack_accuracies(pixels, x, y, eps=0.02, attacks=("apgd-ce",), steps=20, restarts=1)
     plan = AttackPlan(restarts=1, long_steps=0, feature_steps=0)
-    ours = robust_accuracies(pixels, x, y, eps=0.02, plan=plan)
+    ours = robust_accuracies(pixels, Attacked(x, y), eps=0.02, plan=plan)
     assert theirs["autoattack"] <= ours["clean"]
     assert abs(theirs["autoattack"] - ours["pgd-20"]) <= 0.05
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from netgloss.explainers._part_loss import _FilterLoss, filter_loss, peak_mask, templates
+from netgloss.explainers.parts import _FilterLoss, filter_loss, peak_mask, templates
 
 
 def plain(maps: torch.Tensor, kappa: float, beta: float = 4.0) -> torch.Tensor:
@@ -118,7 +118,7 @@ def _gradient(maps: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def test_slices_of_channels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = drawn(4, 6, 5, 5).requires_grad_()
     whole = torch.autograd.grad(filter_loss(maps, kappa=30.0).sum(), maps)[0]
-    monkeypatch.setattr("netgloss.explainers._part_loss._SLICE", 1)
+    monkeypatch.setattr("netgloss.explainers.parts._SLICE", 1)
     torch.testing.assert_close(torch.autograd.grad(filter_loss(maps, kappa=30.0).sum(), maps)[0], whole)
 
 

@@ -13,9 +13,16 @@ from netgloss.activations import Store
 from netgloss.classifiers import Classifier, Taps, cut_section, later_layers, load_classifier
 from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
-from netgloss.explainers._part_watch import coinciding_peaks, mean_of_pairs, peak_counts, watch
 from netgloss.explainers.base import LayerSpec
-from netgloss.explainers.parts import PartConfig, PartExplainer, choose_upper
+from netgloss.explainers.parts import (
+    PartConfig,
+    PartExplainer,
+    choose_upper,
+    coinciding_peaks,
+    mean_of_pairs,
+    peak_counts,
+    watch,
+)
 from netgloss.runs.run import Run
 from netgloss.runs.saved import load_explainer
 from netgloss.workflows.annotate import annotate
@@ -278,7 +285,7 @@ def test_a_run_has_scores_of_both_tracks_a_report_and_the_watch(run: Run) -> Non
 
 
 def test_contributions_add_up_to_the_rebuilt_logit(run: Run, tmp_path: Path) -> None:
-    _, numbers = show(run, "critters:1,seed=3", out=tmp_path, device="cpu")
+    _, numbers = show(run, "critters:1,seed=3", out=tmp_path, device="cpu")[0].files
     told = json.loads(numbers.read_text())
     total = told["base"] + sum(told["contributions"].values()) + told["gap"]
     assert total == pytest.approx(told["logit"], abs=1e-3)

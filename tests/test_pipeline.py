@@ -177,7 +177,8 @@ def test_a_refused_first_try_is_not_in_the_way(tmp_path: Path) -> None:
 
 def test_show_explains_a_new_image(nmf_run: Run, tmp_path: Path) -> None:
     netgloss.open_images("critters:3,seed=9").image(2).save(tmp_path / "new.png")
-    picture, numbers = netgloss.show(nmf_run, tmp_path / "new.png", out=tmp_path / "shown")
+    (explanation,) = netgloss.show(nmf_run, tmp_path / "new.png", out=tmp_path / "shown")
+    picture, numbers = explanation.files
     with Image.open(picture) as image:
         assert image.size[0] > 400
     told = json.loads(numbers.read_text())

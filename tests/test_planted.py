@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from netgloss.data.planted import Planted, PlantedConfig, plant
 from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.names import find_explainer
-from netgloss.metrics.recovery import Recovery, best_support_f1, match_concepts, recovery, support_f1
 from netgloss.training import build_explainer, fit
+from planted import Planted, PlantedConfig, plant
+from recovery import Recovery, best_support_f1, match_concepts, recovery, support_f1
 
 # -- the generator ----------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers._sae import read, write
 from netgloss.explainers.base import Batch, LayerSpec
 from netgloss.explainers.batch_topk_sae import BatchTopKSAE, BatchTopKSAEConfig
 from netgloss.explainers.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from netgloss.explainers.sparse_autoencoder import read, write
 
 
 class ArrayRows:

@@ -17,15 +17,16 @@ from torch import Tensor
 from netgloss.activations.key import StoreInfo, StoreKey
 from netgloss.activations.store import Store
 from netgloss.errors import UserError
-from netgloss.explainers._srae_modules import (
+from netgloss.explainers.base import Batch, LayerSpec
+from netgloss.explainers.srae import (
+    SRAE,
+    SRAEConfig,
     contribution_table,
     faith,
     pull_away,
     sparse_reconstruction,
     squared_error,
 )
-from netgloss.explainers.base import Batch, LayerSpec
-from netgloss.explainers.srae import SRAE, SRAEConfig
 from netgloss.metrics.faithfulness.importance import explain_class
 from netgloss.training import ActivationStream, FitOptions, build_explainer, fit
 
@@ -544,17 +545,22 @@ def test_from_classifier_to_report_and_new_image(tmp_path: Path) -> None:
     assert "shuffled_codes" in scores["logit_rmse"].baselines
     assert any("not explained" in warning for warning in run.manifest["warnings"])
     assert (run.path / "report.html").stat().st_size > 10_000
-    for path in netgloss.show(run, "critters:2", out=tmp_path / "show"):
+    for path in [f for shown in netgloss.show(run, "critters:2", out=tmp_path / "show") for f in shown.files]:
         if path.suffix == ".json":
             told_of = json.loads(path.read_text())
             assert told_of["explained_class"] in told
             total = told_of["base"] + sum(told_of["contributions"].values()) + told_of["gap"]
             assert total == pytest.approx(told_of["logit"], abs=1e-4)
     for heat in ("excitation", "igos"):
-        drawn = netgloss.show(run, "critters:1", out=tmp_path / heat, heat=heat, top=1)
+        drawn = netgloss.show(run, "critters:1", out=tmp_path / heat, heat=heat, top=1)[0].files
         assert [path.suffix for path in drawn] == [".png", ".json"]
     other = next(i for i, name in enumerate(netgloss.open_images("critters:8").targets.tolist()) if name not in (0, 5))
-    _, record = netgloss.show(run, netgloss.open_images("critters:8").subset([other]), out=tmp_path / "o", heat="igos")
+    ((_, record),) = (
+        shown.files
+        for shown in netgloss.show(
+            run, netgloss.open_images("critters:8").subset([other]), out=tmp_path / "o", heat="igos"
+        )
+    )
     assert record.exists()
 
 

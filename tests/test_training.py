@@ -17,7 +17,7 @@ from netgloss.activations.store import Store
 from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, Explainer, LayerSpec, Rows, TrainingConfig
 from netgloss.training import ActivationStream, FitOptions, build_explainer, fit, fit_together
-from netgloss.training.fit import _Training, make_fabric
+from netgloss.training.fit import _ExplainerTraining, make_fabric
 
 SHAPE = (4, 3, 2)
 
@@ -220,7 +220,7 @@ def test_a_resumed_optimiser_is_on_the_device_of_the_weights(tmp_path: Path) -> 
     stream = ActivationStream(make_store(tmp_path / "s"), "map", np.arange(300))
     checkpoint, options = MemoryCheckpoint(), FitOptions(checkpoint_seconds=0.0)
     fit(line(stream, steps=20), stream, seed=5, checkpoint=checkpoint, options=options)
-    training = _Training(line(stream), stream, 5, cast(Any, Elsewhere()), checkpoint, options, None)
+    training = _ExplainerTraining(line(stream), stream, 5, cast(Any, Elsewhere()), checkpoint, options, None)
     (state,) = training.optimizer.state.values()
     assert state["exp_avg"].device == state["exp_avg_sq"].device == Elsewhere.device
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from netgloss.activations.capture import image_batches
 from netgloss.activations.store import Store
-from netgloss.classifiers import Tail
+from netgloss.classifiers import Tail, Taps
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
     from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
+    from netgloss.explainers.base import Explainer
 
 
 BATCH = 64
@@ -83,8 +84,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerBatch:
-    """What one batch of images brings: (B,) index, activation, (B, classes) logits, (B,) labels, its tail, and the
-    activations of the layers above where the explainer rebuilds them."""
+    """A batch of images at a layer.
+
+    Attributes
+    ----------
+    index : (B,) places of the images in the store. activation : as the explainer reads it.
+    logits : (B, classes). labels : (B,), -1 for unknown.
+    tail : from the activation, or a dict of the layers above, to logits.
+    upper : activations of the layers above, where the explainer rebuilds them.
+    maps : (B, C, H, W) before pooling, only from a :class:`LayerReader` of a pooled map layer.
+    """
 
     index: Tensor
     activation: Tensor
@@ -92,6 +101,7 @@ class LayerBatch:
     labels: Tensor
     tail: Callable[[Any], Tensor]
     upper: dict[str, Tensor] = field(default_factory=dict)
+    maps: Tensor | None = None
 
 
 def check_origin(store: Store, *, classifier: Classifier | None = None, source: ImageSource | None = None) -> None:
@@ -129,10 +139,7 @@ def tail_for(
     from netgloss.activations import image_batches
 
     pixels, _ = next(image_batches(classifier, source, list(index), batch_size=len(index), workers=0))
-    return lambda activation: tail(
-        activation,
-        images=pixels.repeat(len(activation) // len(pixels), 1, 1, 1),  # several versions an image
-    )
+    return _bound(tail, pixels)
 
 
 def either_tail(
@@ -173,3 +180,51 @@ def make_tail(classifier: Classifier, layer: str, source: ImageSource | None) ->
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(2, *classifier.input_shape, generator=generator)
     return Tail(classifier, layer, example=example.to(classifier.device))
+
+
+class LayerReader:
+    """Reads a layer for images that no store holds, as an explainer sees it.
+
+    Parameters
+    ----------
+    name : of the layer.
+    source : images that the tails are verified on; default noise.
+    """
+
+    def __init__(
+        self, classifier: Classifier, name: str, explainer: Explainer, source: ImageSource | None = None
+    ) -> None:
+        self.classifier, self.name, self.pooled = classifier, name, explainer.reads == "pooled"
+        self.tail = make_tail(classifier, name, source)
+        self.above = list(explainer.spec.upper)[-1] if explainer.target == "upper" else ""
+        self.above_tail = make_tail(classifier, self.above, source) if self.above else None
+
+    def batch(self, pixels: Tensor) -> LayerBatch:
+        """The layer's batch for pixels (B, m, S, S') as the network reads them.
+
+        Raises
+        ------
+        UserError : the network answers with NaN or Inf.
+        """
+        pixels = pixels.to(self.classifier.device)
+        with torch.no_grad(), Taps(self.classifier.net, [self.name], stop=False) as taps:
+            activation, logits = taps(pixels)[self.name], taps.logits
+        if not (activation.isfinite().all() and logits.isfinite().all()):
+            raise UserError("the network answers with NaN or Inf for this picture")
+        tail = _bound(self.tail, pixels)
+        maps = None
+        if self.pooled:
+            tail = spread_tail(tail, tuple(activation.shape[2:]))
+            if activation.ndim == 4:
+                maps, activation = activation, activation.mean(dim=(2, 3))
+        if self.above_tail is not None:
+            tail = either_tail(tail, _bound(self.above_tail, pixels), self.above)
+        index, labels = torch.arange(len(pixels)), torch.full((len(pixels),), -1, device=pixels.device)
+        return LayerBatch(index, activation, logits, labels, tail, maps=maps)
+
+
+def _bound(tail: Tail, pixels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The tail for the activations of images with these pixels, or of several versions of each."""
+    if tail.mode == "graph":
+        return tail
+    return lambda activation: tail(activation, images=pixels.repeat(len(activation) // len(pixels), 1, 1, 1))

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from netgloss.adversarial.crafting import PixelClassifier, crafting, gradient, project
+from netgloss.adversarial.crafting import PixelClassifier, crafting, gradient, project, projected_steps
 from netgloss.errors import UserError, unknown
 
 Crafting = Literal["none", "noise", "fgsm", "pgd", "trades"]
@@ -72,6 +72,11 @@ def find_arm(name: str) -> Arm:
     if name not in ARMS:
         raise unknown("arm", name, ARMS)
     return ARMS[name]
+
+
+def arm_name(arm: Arm) -> str:
+    """The name under which :func:`find_arm` finds an arm."""
+    return next(name for name, known in ARMS.items() if known == arm)
 
 
 def feature_distance(phi: Tensor, other: Tensor, *, kind: Distance = "relative") -> Tensor:
@@ -161,11 +166,9 @@ def craft(
             with torch.no_grad():
                 clean = classifier(pixels)
             start = (pixels + 0.001 * torch.randn(x.shape, generator=generator).to(pixels)).clamp(0, 1)
+            loss = lambda image: kl_divergence(clean, classifier.craft(image))  # noqa: E731
             z = project(start, pixels, eps, "linf")
-            for _ in range(steps):
-                step = gradient(lambda image: kl_divergence(clean, classifier.craft(image)), z).sign()
-                z = project(z + eps / 4 * step, pixels, eps, "linf")
-            return z.detach()
+            return projected_steps(loss, z, pixels, eps=eps, length=eps / 4, steps=steps).detach()
         d0 = ((torch.rand(x.shape, generator=generator) * 2 - 1) * eps).to(pixels)
         if kind == "noise":
             return (pixels + d0).clamp(0, 1)
@@ -174,8 +177,6 @@ def craft(
             step = gradient(lambda image: F.cross_entropy(classifier.craft(image), targets, reduction="sum"), start)
             return project(start - 1.25 * eps * step.sign(), pixels, eps, "linf").detach()
         assert kind == "pgd", kind
+        loss = lambda image: F.cross_entropy(classifier.craft(image), y, reduction="sum")  # noqa: E731
         z = project(pixels + d0, pixels, eps, "linf")
-        for _ in range(steps):
-            step = gradient(lambda image: F.cross_entropy(classifier.craft(image), y, reduction="sum"), z).sign()
-            z = project(z + eps / 4 * step, pixels, eps, "linf")
-        return z.detach()
+        return projected_steps(loss, z, pixels, eps=eps, length=eps / 4, steps=steps).detach()

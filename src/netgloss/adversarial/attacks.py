@@ -36,8 +36,8 @@ from netgloss.adversarial.crafting import (
     crafting,
     gradient,
     project,
+    projected_steps,
     random_start,
-    unit_steps,
 )
 from netgloss.adversarial.targets import least_likely_targets
 from netgloss.classifiers.taps import Taps
@@ -114,10 +114,9 @@ def least_likely(
         with torch.no_grad():
             logits = classifier(pixels)
         targets = least_likely_targets(logits, y, classes=classes, seed=seed, ids=ids)
-        z = pixels
-        for _ in range(least_likely_steps(eps) if steps is None else steps):
-            step = gradient(partial(_cross_entropy, classifier, wanted=targets), z).sign()
-            z = project(z - step_size * step, pixels, eps, "linf")
+        loss = partial(_cross_entropy, classifier, wanted=targets)
+        steps = least_likely_steps(eps) if steps is None else steps
+        z = projected_steps(loss, pixels, pixels, eps=eps, length=-step_size, steps=steps)
         return AttackResult.measure(classifier, pixels, z, y, targets)
 
 
@@ -130,12 +129,11 @@ def pgd(
     norm: Norm = "linf",
     targets: Tensor | None = None,
     steps: int = 20,
-    step_size: float | None = None,
     restarts: int = 5,
     seed: int = 0,
     ids: Ids | None = None,
 ) -> AttackResult:
-    """Projected gradient steps from ``restarts`` random starts; ``step_size`` defaults to 2.5 eps / steps.
+    """Projected gradient steps from ``restarts`` random starts, of length 2.5 eps / steps.
 
     Keeps the restart of the highest loss, or with targets the first that reaches its target, else the one nearest to
     it. Images that have reached their target take part in no further restart.
@@ -144,18 +142,16 @@ def pgd(
         raise UserError(f"PGD needs at least one step and one start, got {steps} and {restarts}")
     with crafting(classifier, x, y, eps=eps, targets=targets, ids=ids, norm=norm) as pixels:
         sign, wanted = (1, y) if targets is None else (-1, targets)
-        length = 2.5 * eps / steps if step_size is None else step_size
+        length = 2.5 * eps / steps
         best, best_loss = pixels.clone(), torch.full((len(x),), -math.inf, device=x.device)
         open_ = torch.arange(len(x), device=x.device)
         for restart in range(restarts):
             own, aim = pixels[open_], wanted[open_]
             some = range(len(x)) if ids is None else ids
             start = random_start(own, eps, norm, seed=seed, ids=[some[i] for i in open_.tolist()], draw=restart)
-            z = project(own + start, own, eps, norm)
             loss_of = partial(_cross_entropy, classifier, wanted=aim)
-            for _ in range(steps):
-                g = gradient(loss_of, z)
-                z = project(z + sign * length * unit_steps(g, norm), own, eps, norm)
+            z = project(own + start, own, eps, norm)
+            z = projected_steps(loss_of, z, own, eps=eps, length=sign * length, steps=steps, norm=norm)
             with torch.no_grad():
                 logits = classifier(z)
                 loss = sign * F.cross_entropy(classifier.craft(z), aim, reduction="none")
@@ -245,9 +241,8 @@ def feature(
             clean = features(pixels).clone()
         length = 2.5 * eps / steps if step_size is None else step_size
         z = project(pixels + random_start(pixels, eps, "linf", seed=seed, ids=ids), pixels, eps, "linf")
-        for _ in range(steps):
-            g = gradient(lambda image: (features(image) - clean).square().sum(), z)
-            z = project(z + length * g.sign(), pixels, eps, "linf")
+        loss = lambda image: (features(image) - clean).square().sum()  # noqa: E731
+        z = projected_steps(loss, z, pixels, eps=eps, length=length, steps=steps)
     with crafting(classifier, x, y, eps=eps):
         return AttackResult.measure(classifier, pixels, z, y, None)
 

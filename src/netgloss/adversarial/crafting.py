@@ -201,6 +201,28 @@ def unit_steps(g: Tensor, norm: Literal["linf", "l2"]) -> Tensor:
     return g / g.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
 
 
+def projected_steps(
+    loss: Callable[[Tensor], Tensor],
+    start: Tensor,
+    x: Tensor,
+    *,
+    eps: float,
+    length: float,
+    steps: int,
+    norm: Literal["linf", "l2"] = "linf",
+) -> Tensor:
+    """``steps`` projected gradient steps from ``start`` in the ball of radius ``eps`` around ``x``.
+
+    Parameters
+    ----------
+    loss : (B, channels, H, W) -> (), summed over images. length : of a step; negative lengths lower the loss.
+    """
+    z = start
+    for _ in range(steps):
+        z = project(z + length * unit_steps(gradient(loss, z), norm), x, eps, norm)
+    return z
+
+
 def image_generator(seed: int, image_id: str | int, draw: int = 0) -> torch.Generator:
     """Random numbers (on the CPU) of one image, the same whatever comes before it and on every device."""
     digest = hashlib.sha256(f"{seed}\0{image_id}\0{draw}".encode()).digest()

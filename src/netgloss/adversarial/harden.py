@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 
 from netgloss.adversarial.arms import (
     Crafting,
+    arm_name,
     craft,
     draw_targets,
     feature_distance,
@@ -47,6 +46,7 @@ from netgloss.errors import UserError
 from netgloss.metrics.feature_health import effective_rank
 from netgloss.progress import Progress, Silent
 from netgloss.training import Checkpoint, FitOptions, make_fabric
+from netgloss.training.loop import Log, Training, run_steps
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -147,97 +147,132 @@ class HardeningStep(nn.Module):
         return terms, beside
 
 
-def harden(
-    classifier: Classifier,
-    data: LabelledPixels,
-    *,
-    layer: str,
-    arm: str,
-    config: HardenConfig | None = None,
-    seed: int = 0,
-    craft_layer: str | None = None,
-    fabric: Fabric | None = None,
-    checkpoint: Checkpoint | None = None,
-    options: FitOptions | None = None,
-    log: Callable[[dict[str, Any]], None] | None = None,
-    progress: Progress | None = None,
-) -> Hardened:
-    """Trains a copy of the classifier's network; the classifier itself stays as it is.
+@dataclass(frozen=True)
+class Hardening:
+    """One arm trained with one seed on a copy of a classifier's network; the classifier itself stays unchanged.
 
     Parameters
     ----------
     data : training images; a share of them is held out to choose the epoch.
     layer : phi, the activated output of the last convolutional block.
     arm : one of ``ARMS``.
-    seed : of the images' order, starts and targets (and the weights, from scratch).
+    seed : of the order of the images, starts and targets (and the weights, from scratch).
     craft_layer : as in :class:`PixelClassifier`.
-    log : receives a dict every few steps: seed, step, loss and its terms, d, the norm of phi, eps and beta.
-
-    Raises
-    ------
-    UserError : an unknown layer or arm, or too few images.
-    DivergedError : a loss that is NaN or Inf (the step is named).
     """
-    config, options, progress = config or HardenConfig(), options or FitOptions(), progress or Silent()
-    chosen = find_arm(arm)
-    find_layer(classifier.net, layer)
-    fit_index, held_index = split_training(data, config.holdout)
-    start = classifier.untrained(seed) if config.from_scratch else classifier
-    fabric = fabric or make_fabric("cpu")
-    # on the device before the optimiser, whose restored state goes where the weights are
-    net = copy.deepcopy(start.net).to(fabric.device).requires_grad_(True).to(memory_format=torch.channels_last)
-    pixels = PixelClassifier(net, classifier.preprocessing.mean, classifier.preprocessing.std, craft_layer=craft_layer)
-    loop = _Loop(HardeningStep(pixels, layer, arm, config), config, seed, len(fit_index), chosen.crafting)
-    saved = checkpoint.load() if checkpoint is not None else None
-    if saved is not None:
-        loop.restore(*saved)
-    generator_state = torch.get_rng_state()
-    try:
-        _train(loop, data, fit_index, held_index, fabric, checkpoint, options, log, progress)
-    finally:
-        torch.set_rng_state(generator_state)
-    net.load_state_dict(loop.best)
-    return Hardened(
-        net.cpu().eval().requires_grad_(False), loop.checks, loop.best_epoch, loop.switched, loop.warnings()
-    )
+
+    classifier: Classifier
+    data: LabelledPixels
+    layer: str
+    arm: str
+    config: HardenConfig = field(default_factory=HardenConfig)
+    seed: int = 0
+    craft_layer: str | None = None
+
+    def run(
+        self,
+        *,
+        fabric: Fabric | None = None,
+        checkpoint: Checkpoint | None = None,
+        options: FitOptions | None = None,
+        log: Log | None = None,
+        progress: Progress | None = None,
+    ) -> Hardened:
+        """Trains to the end.
+
+        Parameters
+        ----------
+        log : receives one dict per history line: seed, arm, step, loss and its terms, distance, norm of phi, eps, beta.
+
+        Raises
+        ------
+        UserError : an unknown layer or arm, or too few images.
+        DivergedError : a loss that is NaN or Inf (the step is named).
+        """
+        chosen, config = find_arm(self.arm), self.config
+        find_layer(self.classifier.net, self.layer)
+        fit_index, held_index = split_training(self.data, config.holdout)
+        start = self.classifier.untrained(self.seed) if config.from_scratch else self.classifier
+        fabric = fabric or make_fabric("cpu")
+        # on the device before the optimiser, whose restored state goes where the weights are
+        net = copy.deepcopy(start.net).to(fabric.device).requires_grad_(True).to(memory_format=torch.channels_last)
+        spec = self.classifier.preprocessing
+        pixels = PixelClassifier(net, spec.mean, spec.std, craft_layer=self.craft_layer)
+        module = HardeningStep(pixels, self.layer, self.arm, config)
+        watch = (fabric, checkpoint, options or FitOptions(), log)
+        training = _HardenTraining(module, self.data, fit_index, held_index, self.seed, chosen.crafting, watch)
+        generator_state = torch.get_rng_state()
+        try:
+            training.prepare()
+            steps = (training.batch(step) for step in range(training.start, training.total))
+            run_steps([training], steps, name=f"harden {self.arm} seed {self.seed}", progress=progress or Silent())
+        finally:
+            torch.set_rng_state(generator_state)
+        net.load_state_dict(training.best)
+        net = net.cpu().eval().requires_grad_(False)
+        return Hardened(net, training.checks, training.best_epoch, training.switched, training.warnings())
 
 
-class _Loop:
-    """Everything that changes during a run, and its way into a checkpoint and back."""
+class _HardenTraining(Training[Tensor]):
+    """Everything that changes during a run, and its way into a checkpoint and back; a batch is indices of images."""
 
-    def __init__(self, module: HardeningStep, config: HardenConfig, seed: int, num: int, crafting: Crafting) -> None:
-        self.module, self.config, self.seed, self.num, self.crafting = module, config, seed, num, crafting
-        self.net = module.pixels.net
+    def __init__(
+        self,
+        module: HardeningStep,
+        data: LabelledPixels,
+        fit_index: Tensor,
+        held_index: Tensor,
+        seed: int,
+        crafting: Crafting,
+        watch: tuple[Fabric, Checkpoint | None, FitOptions, Log | None],
+    ) -> None:
+        super().__init__(seed, *watch)
+        self.step_module, self.data, self.fit_index, self.crafting = module, data, fit_index, crafting
+        self.config, self.arm, self.net = module.config, module.arm, module.pixels.net
+        self.held = data.subset(held_index).stratified(self.config.check_images)
+        self.classes = data.labels.unique()
         self.optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            self.net.parameters(),
+            lr=self.config.lr,
+            momentum=self.config.momentum,
+            weight_decay=self.config.weight_decay,
         )
-        self.batch_size = min(config.batch_size, num)
-        self.steps_per_epoch = num // self.batch_size
-        self.total = config.epochs * self.steps_per_epoch
-        self.step = 0
+        self.batch_size = min(self.config.batch_size, len(fit_index))
+        self.steps_per_epoch = len(fit_index) // self.batch_size
+        self.start, self.total = 0, self.config.epochs * self.steps_per_epoch
         self.checks: list[dict[str, float]] = []
         self.shares: list[float] = []
         self.best_epoch = 0
         self.best: dict[str, Tensor] = {}
         self.switched: int | None = None
         self.zeros = {
-            name: value == 0 for name, value in self.net.named_parameters() if config.keep_zeros and value.ndim > 1
+            name: value == 0 for name, value in self.net.named_parameters() if self.config.keep_zeros and value.ndim > 1
         }
+        saved = self.checkpoint.load() if self.checkpoint is not None else None
+        if saved is not None:
+            self.restore(*saved)
 
-    def ramp(self) -> float:
-        """Factor on eps and beta at this step."""
-        return min(1.0, (self.step + 1) / max(1, self.total // 10))
+    def prepare(self) -> None:
+        """Hands the module to Fabric, and checks the start."""
+        self.module, self.optimizer = self.fabric.setup(self.step_module, self.optimizer)
+        self.module.mark_forward_method("losses")
+        if not self.checks:
+            self.after_epoch(self._check())
 
-    def set_rate(self) -> None:
-        rate = 0.5 * self.config.lr * (1 + math.cos(math.pi * self.step / self.total))
+    def ramp(self, step: int) -> float:
+        """Factor on eps and beta."""
+        return min(1.0, (step + 1) / max(1, self.total // 10))
+
+    def set_rate(self, step: int) -> None:
+        """The cosine schedule."""
+        rate = 0.5 * self.config.lr * (1 + math.cos(math.pi * step / self.total))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def batch(self) -> Tensor:
-        """Places (B,) of this step's images among those trained on."""
-        epoch, place = divmod(self.step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num)
-        return torch.from_numpy(order[place * self.batch_size : (place + 1) * self.batch_size])
+    def batch(self, step: int) -> Tensor:
+        """Indices (B,) of the images of a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.fit_index))
+        return self.fit_index[torch.from_numpy(order[place * self.batch_size : (place + 1) * self.batch_size])]
 
     def set_modes(self) -> None:
         """Train mode, with frozen batch-norm statistics unless from scratch."""
@@ -247,23 +282,77 @@ class _Loop:
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):
                     part.eval()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def terms(self, step: int, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Crafts the adversarial images of a batch and gives the loss terms of both."""
+        config = self.config
+        generator = torch.Generator().manual_seed((self.seed << 32) ^ step)
+        x, y = (self.fabric.to_device(values) for values in (self.data.pixels(batch), self.data.labels[batch]))
+        eps, beta = self.ramp(step) * config.eps / 255, self.ramp(step) * config.beta
+        self.set_rate(step)
+        self.set_modes()
+        adversarial = None
+        if needs_crafting(self.arm, alpha=config.alpha, beta=config.beta):
+            targets = draw_targets(y, self.classes, generator=generator)
+            given = (self.crafting, self.step_module.pixels, x, y, targets)
+            adversarial = craft(*given, eps=eps, generator=generator, steps=config.craft_steps)
+        terms, numbers = self.module.losses(x, y, adversarial, beta)
+        return terms, {**numbers, "eps": 255 * eps, "beta": beta}
+
+    def refuse(self, values: dict[str, float], step: int, batch: Tensor) -> NoReturn:
+        """Names arm, step and images."""
+        terms = ", ".join(f"{name} = {value}" for name, value in values.items())
+        images = ", ".join(self.data.ids[i] for i in batch[:3].tolist())
+        raise DivergedError(
+            f"the loss of arm {arm_name(self.arm)!r} became NaN or Inf at step {step} ({terms}; a batch with images "
+            f"{images}): lower --lr, or set --clip"
+        )
+
+    def clip(self) -> None:
+        """Limits the norm of the gradients, if asked for."""
+        if self.config.clip is not None:
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.config.clip)
+
+    def after_step(self, step: int, values: dict[str, float]) -> dict[str, Any]:
+        """Keeps zeros, and checks the held-out images at the end of an epoch."""
+        with torch.no_grad():
+            for name, zero in self.zeros.items():
+                weight = self.net.get_parameter(name)
+                weight.masked_fill_(zero.to(weight.device), 0)
+        if "features" in values:
+            self.shares.append(values["features"] / max(sum(values.values()), 1e-12))
+        if not self._ends_epoch(step):
+            return {}
+        self.after_epoch(self._check())
+        return {f"check_{name}": value for name, value in self.checks[-1].items()}
+
+    def _ends_epoch(self, step: int) -> bool:
+        return (step + 1) % self.steps_per_epoch == 0
+
+    def reports(self, step: int) -> bool:
+        """Also at the end of every epoch."""
+        return self._ends_epoch(step) or super().reports(step)
+
+    def head(self) -> dict[str, Any]:
+        """Seed and arm."""
+        return {"seed": self.seed, "arm": arm_name(self.arm)}
+
+    def _check(self) -> dict[str, float]:
+        module = self.step_module
+        return check_epoch(module.pixels, module.layer, self.held, self.config, self.fabric.device)
+
+    def state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights, best weights, momentum and checks."""
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for number, entries in self.optimizer.state_dict()["state"].items():
             if entries.get("momentum_buffer") is not None:
                 tensors[f"momentum.{number}"] = entries["momentum_buffer"]
-        values = {
-            "step": self.step,
-            "checks": self.checks,
-            "shares": self.shares,
-            "best_epoch": self.best_epoch,
-            "switched": self.switched,
-            "crafting": self.crafting,
-        }
-        return tensors, values
+        names = ("checks", "shares", "best_epoch", "switched", "crafting")
+        return tensors, {"step": step, **{name: getattr(self, name) for name in names}}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+
         def part(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
@@ -272,7 +361,8 @@ class _Loop:
         state = self.optimizer.state_dict()
         state["state"] = {int(number): {"momentum_buffer": t} for number, t in part("momentum.").items()}
         self.optimizer.load_state_dict(state)
-        for name in ("step", "checks", "shares", "best_epoch", "switched", "crafting"):
+        self.start = values["step"]
+        for name in ("checks", "shares", "best_epoch", "switched", "crafting"):
             setattr(self, name, values[name])
 
     def after_epoch(self, check: dict[str, float]) -> None:
@@ -307,88 +397,6 @@ class _Loop:
         return found
 
 
-def _train(
-    loop: _Loop,
-    data: LabelledPixels,
-    fit_index: Tensor,
-    held_index: Tensor,
-    fabric: Fabric,
-    checkpoint: Checkpoint | None,
-    options: FitOptions,
-    log: Callable[[dict[str, Any]], None] | None,
-    progress: Progress,
-) -> None:
-    config, arm = loop.config, loop.module.arm
-    classes = data.labels.unique()
-    held = data.subset(held_index).stratified(config.check_images)
-    module, loop.optimizer = fabric.setup(loop.module, loop.optimizer)
-    module.mark_forward_method("losses")
-    pixels = loop.module.pixels
-    if not loop.checks:
-        loop.after_epoch(check_epoch(pixels, loop.module.layer, held, config, fabric.device))
-    progress.start(f"harden {_arm_name(arm)} seed {loop.seed}", loop.total, unit="steps", done=loop.step)
-    sums: dict[str, float] = {}
-    counted, saved_at = 0, time.monotonic()
-    while loop.step < loop.total:
-        torch.manual_seed((loop.seed << 32) ^ loop.step)
-        generator = torch.Generator().manual_seed((loop.seed << 32) ^ loop.step)
-        index = fit_index[loop.batch()]
-        x, y = fabric.to_device(data.pixels(index)), fabric.to_device(data.labels[index])
-        eps, beta = loop.ramp() * config.eps / 255, loop.ramp() * config.beta
-        loop.set_rate()
-        loop.set_modes()
-        adversarial = None
-        if needs_crafting(arm, alpha=config.alpha, beta=config.beta):
-            targets = draw_targets(y, classes, generator=generator)
-            adversarial = craft(
-                loop.crafting, pixels, x, y, targets, eps=eps, generator=generator, steps=config.craft_steps
-            )
-        terms, beside = module.losses(x, y, adversarial, beta)
-        loss = torch.stack([t.float() for t in terms.values()]).sum()
-        values = {name: float(t.detach()) for name, t in terms.items()}
-        if not all(math.isfinite(v) for v in values.values()):
-            told = ", ".join(f"{name} = {value}" for name, value in values.items())
-            shown = ", ".join(data.ids[i] for i in index[:3].tolist())
-            raise DivergedError(
-                f"the loss of arm {_arm_name(arm)!r} became NaN or Inf at step {loop.step} ({told}; a batch with "
-                f"images {shown}): lower --lr, or set --clip"
-            )
-        fabric.backward(loss)
-        if config.clip is not None:
-            fabric.clip_gradients(module, loop.optimizer, max_norm=config.clip)
-        loop.optimizer.step()
-        loop.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, zero in loop.zeros.items():
-                loop.net.get_parameter(name).masked_fill_(zero.to(loss.device), 0)
-        total = sum(values.values())
-        if "features" in values:
-            loop.shares.append(values["features"] / max(total, 1e-12))
-        loop.step += 1
-        counted += 1
-        line = {"loss": total, **values, **beside, "eps": 255 * eps, "beta": beta}
-        for name, value in line.items():
-            sums[name] = sums.get(name, 0.0) + value
-        epoch_ends = loop.step % loop.steps_per_epoch == 0
-        if epoch_ends:
-            loop.after_epoch(check_epoch(pixels, loop.module.layer, held, config, fabric.device))
-        if loop.step % options.log_every == 0 or epoch_ends:
-            means = {name: value / counted for name, value in sums.items()}
-            checked = {f"check_{k}": v for k, v in loop.checks[-1].items()} if epoch_ends else {}
-            if log is not None and fabric.is_global_zero:
-                log({"seed": loop.seed, "arm": _arm_name(arm), "step": loop.step, **means, **checked})
-            progress.advance(counted, note=f"loss {means['loss']:.4g}")
-            sums, counted = {}, 0
-            if (
-                checkpoint is not None
-                and fabric.is_global_zero
-                and time.monotonic() - saved_at > options.checkpoint_seconds
-            ):
-                checkpoint.save(*loop.state())
-                saved_at = time.monotonic()
-    progress.finish()
-
-
 @torch.no_grad()
 def check_epoch(
     pixels: PixelClassifier, layer: str, held: LabelledPixels, config: HardenConfig, device: torch.device
@@ -415,9 +423,3 @@ def check_epoch(
 def settings(config: HardenConfig, *, arm: str, layer: str, seed: int) -> dict[str, Any]:
     """What a hardened checkpoint says of how it was made."""
     return {"arm": arm, "layer": layer, "seed": seed, **asdict(config)}
-
-
-def _arm_name(arm: Any) -> str:
-    from netgloss.adversarial.arms import ARMS
-
-    return next(name for name, known in ARMS.items() if known == arm)

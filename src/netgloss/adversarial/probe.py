@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -35,7 +36,7 @@ from netgloss.classifiers.taps import Taps
 from netgloss.errors import UserError
 from netgloss.metrics.consistency.companions import kernel_agreement
 from netgloss.metrics.consistency.under_attack import Comparison, compare, compare_fooled, cosines_by_bin
-from netgloss.metrics.consistency.units import Units, UnitScores, consistency, responses
+from netgloss.metrics.consistency.units import Units, UnitScores, responses, unit_consistency
 from netgloss.metrics.feature_health import class_mean_ratio, effective_rank, source_vs_nearest_target_ratio
 from netgloss.progress import Progress, Silent
 
@@ -239,6 +240,25 @@ class LayerResult:
         }
 
 
+@dataclass(frozen=True)
+class UnitOptions:
+    """How units are scored.
+
+    Parameters
+    ----------
+    controls : measure random directions too, and the layer's channels where concepts are scored.
+    pooling : a unit's response to an image, from its map.
+    k : size of a unit's top set. null_draws : random top sets for p-values.
+    """
+
+    controls: bool = True
+    pooling: Literal["max", "mean"] = "max"
+    k: int | None = None
+    null_draws: int = 2000
+    seed: int = 0
+    batch_size: int = 32
+
+
 def measure_layers(
     pixels: PixelClassifier,
     data: LabelledPixels,
@@ -248,12 +268,7 @@ def measure_layers(
     adversarial: Adversarial | None,
     encoders: Mapping[str, Encode] | None = None,
     untrained: PixelClassifier | None = None,
-    controls: bool = True,
-    pooling: Literal["max", "mean"] = "max",
-    k: int | None = None,
-    null_draws: int = 2000,
-    seed: int = 0,
-    batch_size: int = 32,
+    options: UnitOptions | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, LayerResult], dict[str, Tensor]]:
     """Units of several layers on R = ``data`` and on V.
@@ -263,92 +278,112 @@ def measure_layers(
     affinities : as :meth:`AffinityChoice.build` gives them.
     encoders : by layer, an explainer's ``encode``; default the layer's channels.
     untrained : the network with random weights, as a control.
-    controls : measure random directions too, and the layer's channels beside concepts.
 
     Returns
     -------
     The layers' results, and logits of R (``"real"``) and V (``"adversarial"``).
     """
-    encoders = encoders or {}
+    encoders, options, progress = encoders or {}, options or UnitOptions(), progress or Silent()
     sets = {"real": data.pixels()}
     if adversarial is not None:
         sets["adversarial"] = adversarial.found.images
+    passes = len(sets) * (1 + options.controls) + (untrained is not None)
+    progress.start(f"units seed {options.seed}", passes * len(data), unit="images")
+    read = partial(read_layers, layers=layers, batch_size=options.batch_size, advance=progress.advance)
+    responses_, logits = _read_responses(pixels, sets, layers, encoders, untrained, options, read)
+    progress.finish()
+    results = {
+        layer: _layer_result(layer, responses_, data, affinities, adversarial, options, is_encoded=layer in encoders)
+        for layer in layers
+    }
+    return results, logits
+
+
+@dataclass(frozen=True)
+class _Responses:
+    """Responses by set ("real", "adversarial") and reader: of units, of random directions, of the untrained network."""
+
+    tables: dict[str, dict[str, Tensor]]
+    directions: dict[str, dict[str, Tensor]]
+    untrained: dict[str, Tensor]
+
+
+def _read_responses(
+    pixels: PixelClassifier,
+    sets: Mapping[str, Tensor],
+    layers: Sequence[str],
+    encoders: Mapping[str, Encode],
+    untrained: PixelClassifier | None,
+    options: UnitOptions,
+    read: Callable[..., tuple[dict[str, Tensor], Tensor]],
+) -> tuple[_Responses, dict[str, Tensor]]:
     readers: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {}
     for layer in layers:
-        readers[f"units {layer}"] = _responses_of(layer, encoders.get(layer), pooling)
+        readers[f"units {layer}"] = _responses_of(layer, encoders.get(layer), options.pooling)
         readers[f"mean {layer}"] = _mean_of(layer)
-        if controls and layer in encoders:
-            readers[f"channels {layer}"] = _responses_of(layer, None, pooling)
-    progress = progress or Silent()
-    passes = len(sets) * (1 + controls) + (untrained is not None)
-    progress.start(f"units seed {seed}", passes * len(data), unit="images")
-    advance = progress.advance
+        if options.controls and layer in encoders:
+            readers[f"channels {layer}"] = _responses_of(layer, None, options.pooling)
     tables: dict[str, dict[str, Tensor]] = {}
     logits = {}
     for name, images in sets.items():
-        tables[name], logits[name] = read_layers(
-            pixels, images, readers, layers, batch_size=batch_size, advance=advance
-        )
+        tables[name], logits[name] = read(pixels, images, readers)
     directions: dict[str, dict[str, Tensor]] = {}
-    if controls:
-        turned = {
-            layer: _directions_of(layer, tables["real"][f"mean {layer}"].mean(0), seed, pooling) for layer in layers
-        }
-        for name, images in sets.items():
-            directions[name], _ = read_layers(pixels, images, turned, layers, batch_size=batch_size, advance=advance)
+    if options.controls:
+        means = {layer: tables["real"][f"mean {layer}"].mean(0) for layer in layers}
+        turned = {layer: _directions_of(layer, means[layer], options.seed, options.pooling) for layer in layers}
+        directions = {name: read(pixels, images, turned)[0] for name, images in sets.items()}
     bare: dict[str, Tensor] = {}
     if untrained is not None:
-        bare, _ = read_layers(
-            untrained,
-            sets["real"],
-            {n: r for n, r in readers.items() if n.startswith("units")},
-            layers,
-            batch_size=batch_size,
-            advance=advance,
-        )
-    progress.finish()
-    sources = torch.arange(len(data))
-    options: dict[str, Any] = {"k": k, "seed": seed, "null_draws": null_draws}
+        bare, _ = read(untrained, sets["real"], {n: r for n, r in readers.items() if n.startswith("units")})
+    return _Responses(tables, directions, bare), logits
+
+
+def _layer_result(
+    layer: str,
+    responses_: _Responses,
+    data: LabelledPixels,
+    affinities: Mapping[str, np.ndarray],
+    adversarial: Adversarial | None,
+    options: UnitOptions,
+    *,
+    is_encoded: bool,
+) -> LayerResult:
+    scoring: dict[str, Any] = {"k": options.k, "seed": options.seed, "null_draws": options.null_draws}
 
     def live(by_set: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """consis_cal of what is live on R and V together, on each of them."""
-        units, quiet = Units.of(*by_set.values()), {**options, "null_draws": 0}
+        units, quiet = Units.of(*by_set.values()), {**scoring, "null_draws": 0}
         return {
-            name: _live(consistency(units.select(table), data.probe_labels, affinities["chosen"], **quiet))
+            name: _live(unit_consistency(units.select(table), data.probe_labels, affinities["chosen"], **quiet))
             for name, table in by_set.items()
         }
 
-    results = {}
-    for layer in layers:
-        both = [tables[name][f"units {layer}"] for name in sets]
-        units = Units.of(*both)
-        chosen = [units.select(table) for table in both]
-        comparison, fooled = _compared(chosen, data, sources, affinities, adversarial, options)
-        if comparison is None:
-            scores = consistency(chosen[0], data.probe_labels, affinities["chosen"], **options)
-        else:
-            scores = comparison.real
-        random = live({name: directions[name][layer] for name in sets}) if controls else {}
-        beside = controls and layer in encoders
-        channels = live({name: tables[name][f"channels {layer}"] for name in sets}) if beside else {}
-        floor = None if untrained is None else _mean(live({"real": bare[f"units {layer}"]})["real"])
-        kernels = {name: affinities[name] for name in ("gauss", "exp", "identity")}
-        results[layer] = LayerResult(
-            layer=layer,
-            units=units,
-            real=chosen[0],
-            adversarial=chosen[1] if len(chosen) > 1 else None,
-            scores=scores,
-            comparison=comparison,
-            fooled=fooled,
-            random=random,
-            channels=channels,
-            untrained=floor,
-            agreement=kernel_agreement(scores, kernels),
-            bins=[] if comparison is None else cosines_by_bin(comparison),
-            health=_health(tables, layer, data, adversarial),
-        )
-    return results, logits
+    tables = responses_.tables
+    units = Units.of(*(table[f"units {layer}"] for table in tables.values()))
+    chosen = [units.select(table[f"units {layer}"]) for table in tables.values()]
+    comparison, fooled = _compared(chosen, data, torch.arange(len(data)), affinities, adversarial, scoring)
+    if comparison is None:
+        scores = unit_consistency(chosen[0], data.probe_labels, affinities["chosen"], **scoring)
+    else:
+        scores = comparison.real
+    directions = {name: table[layer] for name, table in responses_.directions.items()}
+    channels = {name: table[f"channels {layer}"] for name, table in tables.items() if options.controls and is_encoded}
+    bare = responses_.untrained
+    return LayerResult(
+        layer=layer,
+        units=units,
+        real=chosen[0],
+        adversarial=chosen[1] if len(chosen) > 1 else None,
+        scores=scores,
+        comparison=comparison,
+        fooled=fooled,
+        random=live(directions) if options.controls else {},
+        channels=live(channels) if channels else {},
+        untrained=_mean(live({"real": bare[f"units {layer}"]})["real"]) if bare else None,
+        agreement=kernel_agreement(scores, {name: affinities[name] for name in ("gauss", "exp", "identity")}),
+        bins=[] if comparison is None else cosines_by_bin(comparison),
+        health=_health(tables, layer, data, adversarial),
+    )
 
 
 def network_mean(results: Mapping[str, LayerResult]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -101,82 +102,100 @@ def surviving(
     return alive
 
 
+@dataclass(frozen=True)
+class Attacked:
+    """Images to attack.
+
+    Parameters
+    ----------
+    x : (N, channels, H, W) pixels in [0, 1]. y : (N,) classes.
+    ids : one id per image, for its random numbers; default its place.
+    classes : among which the least likely one is sought; default all.
+    transfer : (N, channels, H, W) images made from x against another network.
+    """
+
+    x: Tensor
+    y: Tensor
+    ids: list[str] | None = None
+    classes: list[int] | None = None
+    transfer: Tensor | None = None
+
+
 def robust_accuracies(
     classifier: PixelClassifier,
-    x: Tensor,
-    y: Tensor,
+    images: Attacked,
     *,
     eps: float,
     plan: AttackPlan | None = None,
     layer: str | None = None,
-    classes: list[int] | None = None,
-    transfer: Tensor | None = None,
     seed: int = 0,
-    ids: list[str] | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Accuracies of pixels x (N, channels, H, W) of classes y (N,) by attack; only those that were run are there.
+    """Accuracy under each attack of a plan; only attacks that were run are listed.
 
     Parameters
     ----------
     eps : radius in pixels of [0, 1].
     layer : of the feature attack; None leaves it out.
-    classes : among which the least likely one is sought; default all.
-    transfer : (N, channels, H, W) images made from x against another network.
     """
     plan, progress = plan or AttackPlan(), progress or Silent()
-    if plan.autoattack and find_spec("pyautoattack") is None:  # told before minutes of other attacks
+    if plan.autoattack and find_spec("pyautoattack") is None:  # before minutes of other attacks
         raise UserError(_NO_AUTOATTACK)
-    ids = [str(i) for i in range(len(x))] if ids is None else ids
-    common: dict[str, Any] = {"seed": seed, "ids": ids, "batch_size": batch_size}
-    noise = (x + random_start(x, eps, "linf", seed=seed, ids=ids)).clamp(0, 1)
-
-    def several(starts: int, **options: Any) -> Callable[[], Tensor]:
-        inner: dict[str, Any] = {"eps": eps, "steps": plan.attack_steps, **options}
-
-        def run() -> Tensor:
-            return surviving(_single_pgd, classifier, x, y, restarts=starts, **common, **inner)
-
-        return run
-
-    runs: dict[str, Callable[[], Tensor]] = {
-        "clean": lambda: predictions(classifier, x, batch_size=batch_size) == y,
-        "noise": lambda: predictions(classifier, noise, batch_size=batch_size) == y,
-        "fgsm-rs": lambda: surviving(fgsm_rs, classifier, x, y, eps=eps, **common),
-        f"pgd-{plan.attack_steps}": several(plan.restarts),
-        "pgd-l2": several(plan.restarts, eps=plan.l2, norm="l2"),
-        "pgd 2 eps": several(1, eps=min(1.0, 2 * eps)),
-        "pgd 64/255": several(1, eps=LARGE_EPS),
-        "least-likely": lambda: surviving(least_likely, classifier, x, y, eps=eps, classes=classes, **common),
-    }
-    if plan.long_steps:
-        runs[f"pgd-{plan.long_steps}"] = several(plan.restarts, steps=plan.long_steps)
-    if layer is not None and plan.feature_steps:
-        runs["feature"] = lambda: surviving(
-            feature, classifier, x, y, eps=eps, layer=layer, steps=plan.feature_steps, **common
-        )
-    if transfer is not None:
-        runs["transfer"] = lambda: predictions(classifier, transfer, batch_size=batch_size) == y
+    runs = _runs(classifier, images, eps, plan, layer, {"seed": seed, "batch_size": batch_size})
     progress.start("attack", len(runs) + plan.autoattack, unit="attacks")
-    found = {}
+    accuracies = {}
     for name, run in runs.items():
-        found[name] = float(run().float().mean())
-        progress.advance(note=f"{name}: {found[name]:.3f}")
+        accuracies[name] = float(run().float().mean())
+        progress.advance(note=f"{name}: {accuracies[name]:.3f}")
     if plan.autoattack:
-        found |= autoattack_accuracies(
+        accuracies |= autoattack_accuracies(
             classifier,
-            x,
-            y,
+            images.x,
+            images.y,
             eps=eps,
             steps=plan.autoattack_steps,
             restarts=plan.restarts,
             seed=seed,
             batch_size=batch_size,
         )
-        progress.advance(note=f"AutoAttack: {found['autoattack']:.3f}")
+        progress.advance(note=f"APGD: {accuracies['autoattack']:.3f}")
     progress.finish()
-    return found
+    return accuracies
+
+
+def _runs(
+    classifier: PixelClassifier,
+    images: Attacked,
+    eps: float,
+    plan: AttackPlan,
+    layer: str | None,
+    options: dict[str, Any],
+) -> dict[str, Callable[[], Tensor]]:
+    """Each attack of a plan by name; called, it gives (N,) True where the class survives."""
+    x, y, seed, batch_size = images.x, images.y, options["seed"], options["batch_size"]
+    ids = [str(i) for i in range(len(x))] if images.ids is None else images.ids
+    attack = partial(surviving, classifier=classifier, x=x, y=y, ids=ids, eps=eps, **options)
+    steps = partial(attack, _single_pgd, steps=plan.attack_steps)
+    right = lambda given: predictions(classifier, given, batch_size=batch_size) == y  # noqa: E731
+    noise = (x + random_start(x, eps, "linf", seed=seed, ids=ids)).clamp(0, 1)
+    runs: dict[str, Callable[[], Tensor]] = {
+        "clean": partial(right, x),
+        "noise": partial(right, noise),
+        "fgsm-rs": partial(attack, fgsm_rs),
+        f"pgd-{plan.attack_steps}": partial(steps, restarts=plan.restarts),
+        "pgd-l2": partial(steps, restarts=plan.restarts, eps=plan.l2, norm="l2"),
+        "pgd 2 eps": partial(steps, eps=min(1.0, 2 * eps)),
+        "pgd 64/255": partial(steps, eps=LARGE_EPS),
+        "least-likely": partial(attack, least_likely, classes=images.classes),
+    }
+    if plan.long_steps:
+        runs[f"pgd-{plan.long_steps}"] = partial(steps, restarts=plan.restarts, steps=plan.long_steps)
+    if layer is not None and plan.feature_steps:
+        runs["feature"] = partial(attack, feature, layer=layer, steps=plan.feature_steps)
+    if images.transfer is not None:
+        runs["transfer"] = partial(right, images.transfer)
+    return runs
 
 
 def _single_pgd(*args: Any, **options: Any) -> AttackResult:

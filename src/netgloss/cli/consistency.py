@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from netgloss.cli.flags import FLAT, Device, Model
-from netgloss.cli.terminal import Bars, command_line, console, print_scores
+from netgloss.cli.terminal import console, execution, print_scores
 
 
 @dataclass
@@ -39,22 +39,19 @@ class Consistency:
     def run(self, **more: Any) -> None:
         from netgloss.classifiers import load_classifier
         from netgloss.data import open_images
-        from netgloss.training.fit import pick_device
-        from netgloss.workflows.consistency import consistency_run
+        from netgloss.workflows.consistency import consistency
 
         named = (name.partition("=") for name in self.also)
         also = [load_classifier(name, checkpoint=checkpoint or None) for name, _, checkpoint in named]
-        with Bars() as bars:
-            run = consistency_run(
+        with execution(self.device) as running:
+            run = consistency(
                 self.model.load(),
                 open_images(self.images),
                 self.layer,
                 out=self.out,
                 also=also,
                 explainer=self.explainer,
-                device=str(pick_device(self.device)),
-                command=command_line(),
-                progress=bars,
+                device=running,
                 **more,
             )
         print_scores(run)

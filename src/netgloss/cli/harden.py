@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from netgloss.cli.flags import FLAT, Device, Model
-from netgloss.cli.terminal import Bars, command_line, console, print_scores
+from netgloss.cli.terminal import console, execution, print_scores
 
 
 @dataclass
@@ -37,18 +37,16 @@ class Harden:
 
     def run(self, **more: Any) -> None:
         from netgloss.data import open_images
-        from netgloss.workflows.harden import harden_run
+        from netgloss.workflows.harden import harden
 
-        with Bars() as bars:
-            run = harden_run(
+        with execution(self.device) as running:
+            run = harden(
                 self.model.load(),
                 open_images(self.images),
                 open_images(self.eval_images),
                 layer=self.layer,
                 out=self.out,
-                device=self.device,
-                command=command_line(),
-                progress=bars,
+                device=running,
                 **more,
             )
         print_scores(run)

@@ -24,30 +24,44 @@ if TYPE_CHECKING:
 
 @dataclass
 class Layers:
-    """List every layer of a classifier with output shape, parameters, stride and theoretical receptive field."""
+    """List every layer of a classifier with its output's shape, parameters and stride."""
 
     model: Annotated[Model, FLAT]
     match: str = ""
     """Only layers whose name contains this."""
+    receptive_field: bool = False
+    """Also compute how many pixels one value of each layer depends on (about 140 images through the network)."""
+    json: bool = False
+    """Print the records as JSON."""
 
     def run(self) -> None:
-        from rich.table import Table
+        import dataclasses
+        import json
 
         from netgloss.classifiers import list_layers
 
-        classifier = self.model.load()
-        table = Table("layer", "type", "output", "parameters", "stride", "receptive field", box=None)
-        for layer in list_layers(classifier):
-            if self.match in layer.name:
-                shape = " x ".join(map(str, layer.shape)) if layer.shape else "-"
+        classifier, out = self.model.load(), console()
+        layers = list_layers(classifier, receptive_field=self.receptive_field)
+        layers = [layer for layer in layers if self.match in layer.name]
+        if self.json:
+            out.print(json.dumps([dataclasses.asdict(layer) for layer in layers]))
+            return
+        rows = [["layer", "type", "output", "parameters", "stride", *(["receptive field"] * self.receptive_field)]]
+        for layer in layers:
+            shape = " x ".join(map(str, layer.shape)) if layer.shape else "-"
+            stride = "-" if layer.stride is None else str(layer.stride)
+            row = [layer.name, layer.type, shape if layer.readable else f"({shape})", f"{layer.params:,}", stride]
+            if self.receptive_field:
                 sees = "whole image" if layer.receptive_field is None else f"{layer.receptive_field} px"
-                stride = "-" if layer.stride is None else str(layer.stride)
-                cells = [layer.name, layer.type, shape, f"{layer.params:,}", stride, sees if layer.readable else "-"]
-                table.add_row(*cells, style=None if layer.readable else "dim")
-        out = console()
+                row.append(sees if layer.readable else "-")
+            rows.append(row)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         out.print(f"{classifier.name}, input {' x '.join(map(str, classifier.input_shape))}")
-        out.print(table)
-        out.print("Dim layers give no vector (B, C) or map (B, C, H, W) and cannot be explained.", style="dim")
+        for row, style in zip(rows, ["bold", *(None if layer.readable else "dim" for layer in layers)], strict=True):
+            out.print(
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), style=style
+            )
+        out.print("Layers in brackets give neither a vector (B, C) nor a map (B, C, H, W) and cannot be explained.")
 
 
 @dataclass
@@ -249,12 +263,13 @@ class Show:
     device: Device = "auto"
 
     def run(self) -> None:
-        from netgloss.runs.run import Run
         from netgloss.workflows.show import show
 
-        run = Run(self.run_folder)
-        for path in show(run, self.images, out=self.out, top=self.top, heat=self.heat, device=self.device):
-            console().print(str(path))
+        with execution(self.device) as running:
+            shown = show(self.run_folder, self.images, out=self.out, top=self.top, heat=self.heat, device=running)
+        for explanation in shown:
+            for path in explanation.files:
+                console().print(str(path))
 
 
 @dataclass

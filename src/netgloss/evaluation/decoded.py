@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -255,28 +256,42 @@ def decoded_notes(scores: Sequence[Score]) -> list[str]:
     return notes
 
 
-def describe_decoded(
-    explainer: ClaDec,
-    activation: Tensor,
-    logits: Tensor,
-    image: Tensor,
-    pictures: Pictures,
-    class_names: Sequence[str],
-    *,
-    seed: int,
-) -> tuple[Figure, dict[str, Any]]:
-    """The triple of one image (1, m, H, W) and its numbers, for ``netgloss show``."""
-    unknown = torch.full((1,), -1)
-    (triple,) = make_triples(explainer, activation, image, logits, unknown, pictures, class_names)
-    numbers = {
-        "prediction": triple.prediction,
-        "probability": triple.probability,
-        "decoded_prediction": triple.decoded_prediction,
-        "decoded_probability": triple.decoded_probability,
-        "rec_cladec": triple.rec,
-        "rec_refae": triple.rec_reference,
-        "reference_invalid": triple.reference_invalid,
-        "num_values": explainer.num_values,
-        "alpha": explainer.config.alpha,
-    }
-    return decoded_triples([triple], title=caption(explainer, seed)), numbers
+@dataclass(frozen=True)
+class DecodedImage:
+    """The decoded version of one image next to the original and the reference, as ``netgloss show`` gives it."""
+
+    triple: Triple
+    num_values: int
+    alpha: float
+    caption: str
+    image: str = ""
+    files: tuple[Path, ...] = ()
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        triple = self.triple
+        return {
+            "prediction": triple.prediction,
+            "probability": triple.probability,
+            "decoded_prediction": triple.decoded_prediction,
+            "decoded_probability": triple.decoded_probability,
+            "rec_cladec": triple.rec,
+            "rec_refae": triple.rec_reference,
+            "reference_invalid": triple.reference_invalid,
+            "num_values": self.num_values,
+            "alpha": self.alpha,
+        }
+
+    def figure(self) -> Figure:
+        """Original, reference and decoded version."""
+        return decoded_triples([self.triple], title=self.caption)
+
+
+def decode_images(
+    explainer: ClaDec, batch: LayerBatch, image: Tensor, pictures: Pictures, class_names: Sequence[str], *, seed: int
+) -> list[DecodedImage]:
+    """Decodes the images of a batch; ``image`` (B, m, H, W) are they at the decode size."""
+    given = (batch.activation, image, batch.logits, batch.labels)
+    triples = make_triples(explainer, *given, pictures, class_names)
+    about = (explainer.num_values, explainer.config.alpha, caption(explainer, seed))
+    return [DecodedImage(triple, *about) for triple in triples]

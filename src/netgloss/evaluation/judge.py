@@ -73,8 +73,6 @@ _AT_ONCE = 16
 FORMAT = 1
 """Part of every hash: raised when what is measured changes."""
 DISSECTION = "dissection_mean_iou"
-BASELINE_OF = {"shuffled": "shuffled_codes", "mean": "mean_activation"}
-"""Questions whose results are baselines of the method itself."""
 
 
 @dataclass(frozen=True)

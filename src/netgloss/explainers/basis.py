@@ -28,30 +28,316 @@ Left out: the terms of arXiv 2509.23926 for bases that are not orthogonal. L_net
 fit loop draws for a step (16), not of 64.
 
 Shape letters: N rows, D features of the layer, I = D detectors.
+
+The terms of the interpretable basis: what makes a rotated space readable, as pure functions of logits.
+
+With logits l_i = (z_i - b) / M of the I detectors of a row, y = sigmoid(l), q = y / sum_j y_j, log base 2, E_p the mean
+over rows and E_i over detectors::
+
+    L_s  = E_p[-sum_i q_i log2 q_i]         sparsity, 0 .. log2 I; 2^L_s = effective concepts of a row      (UIBE)
+    L_ma = E_p[-sum_i q_i log2 y_i]         maximum activation; = L_s - E_p[log2 sum_i y_i]                 (UIBE)
+    L_mm = E_i[1 / M_i]                     maximum margin                                                  (UIBE)
+    L_ic = E_i[ReLU(nu - E_p[y_i^gamma]) / nu],  nu = tau / I       inactive classifier                     (CBE)
+    L_net = -E[H(f+(x'))]                  network: without the concepts (x', ``network_step``) the rest of the network
+                                           f+ is undecided; H the entropy of the softmax                   (CBE, EDDP)
+
+Sources: UIBE = Doumanoglou, Asteriadis & Zarpalas, IEEE Trans. AI 5(4), 2024 (arXiv 2303.10523); CBE = the same
+authors, VISAPP 2024. The equations are as their follow-up (arXiv 2509.23926) restates them.
+
+Shape letters: N rows, I detectors.
+
+When the interpretable basis halves its learning rate and when it stops: by the loss alone.
+
+Private to ``explainers/``. The state lives in one buffer, so that a resumed fit goes on exactly.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 from netgloss.errors import UserError
-from netgloss.explainers._basis_config import InterpretableBasisConfig
-from netgloss.explainers._basis_losses import (
-    inactive_classifier,
-    maximum_margin,
-    network_certainty,
-    network_step,
-    row_terms,
-)
-from netgloss.explainers._basis_schedule import Plateau
-from netgloss.explainers._rows import RowsExplainer, feature_moments
-from netgloss.explainers.base import Batch, ExplainerConfig, LayerSpec, Rows, from_rows, to_rows
+from netgloss.explainers.base import Batch, ExplainerConfig, LayerSpec, Rows, TrainingConfig, from_rows, to_rows
+from netgloss.explainers.rows import RowsExplainer, feature_moments
+
+_PRESETS = {"uibe": (0.0, 5.0, 3.0, 0.0), "cbe": (5.0, 0.9, 1.1, 0.25), "default": (5.0, 5.0, 3.0, 0.0)}
+"""lambda_ic, tau, gamma, lambda_net."""
+
+
+@dataclass(frozen=True)
+class InterpretableBasisConfig(TrainingConfig):
+    """Options of :class:`InterpretableBasis`."""
+
+    num_concepts: int = 0
+    """Always the number of features of the layer; 0 says so."""
+    steps: int = 2000
+    """Number of optimiser steps at most; the fit ends earlier when its loss stands still."""
+    batch_size: int = 4096
+    """Rows a step."""
+    lr: float = 3e-3
+    """Learning rate of Adam; halved when the loss reaches a plateau."""
+    preset: Literal["default", "uibe", "cbe"] = "default"
+    """Published objective (uibe, cbe) or ours; gives the options below that are left open."""
+    lambda_s: float = 2.6
+    """Weight of sparsity."""
+    lambda_ma: float = 2.8
+    """Weight of maximum activation."""
+    lambda_mm: float = 0.6
+    """Weight of maximum margin."""
+    lambda_ic: float | None = None
+    """Weight of the floor under each detector's activity (preset uibe: 0, else 5)."""
+    tau: float | None = None
+    """The floor, in detectors a row if all sat on it: about the mean actives of a row (cbe: 0.9, default: 5)."""
+    gamma: float | None = None
+    """Power that keeps weak responses from meeting the floor (cbe: 1.1, default: 3)."""
+    lambda_net: float | None = None
+    """Weight of the network term: what the detectors see must decide the prediction (preset cbe: 0.25, else 0)."""
+    network: Literal["cnn", "uur"] = "cnn"
+    """How the network term takes concepts out: every positive detector to its boundary (cnn), or a random part of the
+    way to all boundaries at once (uur)."""
+    whiten: bool = False
+    """Start from uncorrelated features instead of standardised ones."""
+    shared: bool = True
+    """One bias and one margin for all detectors; otherwise one each."""
+    init: Literal["haar", "identity"] = "haar"
+    """Start from a random rotation, or from the layer's own axes."""
+
+    def __post_init__(self) -> None:
+        if self.num_concepts < 0:
+            raise UserError(f"num_concepts must be 0 (the number of features) or that number, got {self.num_concepts}")
+        for name, known in (("preset", tuple(_PRESETS)), ("network", ("cnn", "uur")), ("init", ("haar", "identity"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("steps", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("lambda_s", "lambda_ma", "lambda_mm", "lambda_ic", "lambda_net"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise UserError(f"{name} must not be negative, got {value}")
+        for name in ("tau", "gamma"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name} must be positive, got {value}")
+
+    @property
+    def inactive(self) -> tuple[float, float, float]:
+        """``(lambda_ic, tau, gamma)`` with the preset's values where they are open."""
+        chosen = (self.lambda_ic, self.tau, self.gamma)
+        weight, tau, gamma = (p if c is None else c for c, p in zip(chosen, _PRESETS[self.preset][:3], strict=True))
+        return weight, tau, gamma
+
+    @property
+    def network_weight(self) -> float:
+        """``lambda_net``, the preset's where it is open."""
+        return _PRESETS[self.preset][3] if self.lambda_net is None else self.lambda_net
+
+
+_LN2 = math.log(2)
+_CACHED = 1 << 17
+"""Numbers worked on at once."""
+_FLAT = {torch.float64: -600.0, torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}
+"""Logits below which sigmoids or their sum may underflow."""
+
+
+class _Assignment(torch.autograd.Function):
+    """``lambda_s L_s + lambda_ma L_ma`` and E_p[y^gamma] of logits (N, I), with what else :class:`RowTerms` holds.
+
+    The gradient is worked out with the value, in pieces that stay in the cache: with t = sum_i q_i ln y_i and
+    s = ln sum_i y_i of a row, L_ma = -E[t] / ln 2, L_s = E[s - t] / ln 2, ds/dln y_i = q_i, dt/dln y_i =
+    q_i (1 + ln y_i - t) and dln y_i/dl_i = 1 - y_i.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, weights: tuple[float, float], gamma: float | None) -> tuple[Tensor, ...]:
+        rows, detectors = logits.shape
+        gradient = torch.empty_like(logits)
+        by_power = torch.empty_like(logits) if gamma is not None else None
+        sparsity, activation, none = logits.new_zeros(3).unbind()
+        activity, on = logits.new_zeros(2, detectors).unbind()
+        slope, rest = -sum(weights) / (_LN2 * rows), -weights[1] / (_LN2 * rows)
+        size = max(1, _CACHED // detectors)
+        for logits_NI, gradient_NI, power_NI in zip(
+            logits.split(size),
+            gradient.split(size),
+            by_power.split(size) if by_power is not None else itertools.repeat(None),
+            strict=False,
+        ):
+            y = torch.sigmoid(logits_NI)
+            if bool(logits_NI.amin() < _FLAT[logits.dtype]):  # y or their sum may underflow: go by the logarithms
+                log_y = F.logsigmoid(logits_NI)
+                log_sum = log_y.logsumexp(dim=1, keepdim=True)
+                q = (log_y - log_sum).exp_()
+            else:
+                log_y = y.log()
+                total = y.sum(dim=1, keepdim=True)
+                q = y / total
+                log_sum = total.log_()
+            mean_log = torch.linalg.vecdot(q, log_y)[:, None]
+            sparsity += (log_sum - mean_log).sum()
+            activation -= mean_log.sum()
+            is_on = torch.gt(y, 0.5, out=torch.empty_like(y))
+            on += is_on.sum(0)
+            none += (is_on.sum(1) == 0).sum()
+            left = 1 - y
+            if power_NI is not None and gamma is not None:
+                power = torch.mul(y * y, y, out=power_NI) if gamma == 3 else torch.exp(gamma * log_y, out=power_NI)
+                activity += power.sum(0)
+                power.mul_(left)
+            torch.sub(log_y, mean_log, out=gradient_NI)
+            gradient_NI.mul_(slope).add_(rest).mul_(q).mul_(left)
+        ctx.save_for_backward(gradient, by_power)
+        ctx.gamma = gamma
+        sparsity, activation = sparsity / (_LN2 * rows), activation / (_LN2 * rows)
+        ctx.mark_non_differentiable(sparsity, activation, on, none)
+        value = weights[0] * sparsity + weights[1] * activation
+        return value, activity / rows, sparsity, activation, on, none
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        gradient, by_power = ctx.saved_tensors
+        found = gradient * grads[0]
+        if by_power is not None:
+            found.addcmul_(by_power, grads[1] / len(found), value=ctx.gamma)
+        return found, None, None
+
+
+class RowTerms(NamedTuple):
+    """What one batch of logits says.
+
+    Parameters
+    ----------
+    value : () lambda_s L_s + lambda_ma L_ma. activity : (I,) E_p[y_i^gamma], zero without a gamma. These two have
+        gradients.
+    sparsity, activation : () L_s and L_ma in bits.
+    on : (I,) rows in which each detector is on. none : () rows in which none is.
+    """
+
+    value: Tensor
+    activity: Tensor
+    sparsity: Tensor
+    activation: Tensor
+    on: Tensor
+    none: Tensor
+
+
+def row_terms(logits: Tensor, weights: tuple[float, float] = (1.0, 1.0), gamma: float | None = None) -> RowTerms:
+    """The terms over rows from logits (N, I); finite for logits down to -1e4 and beyond.
+
+    ``weights`` are those of sparsity and of maximum activation; ``gamma`` the power of the activities.
+    """
+    return RowTerms(*_Assignment.apply(logits, weights, gamma))
+
+
+def maximum_margin(log_margin: Tensor) -> Tensor:
+    """``L_mm`` from log M, () or (I,)."""
+    return (-log_margin).exp().mean()
+
+
+def inactive_classifier(activity: Tensor, nu: float, *, running: Tensor | None = None) -> Tensor:
+    """``L_ic`` from the activities E_p[y_i^gamma] (I,) of a batch.
+
+    Parameters
+    ----------
+    nu : the floor of every detector, tau / I.
+    running : (I,) running means of the activities. If given, they decide which detectors are below the floor (the
+        batch is too small to tell) and those are pushed whatever the batch says.
+    """
+    if running is None:
+        return F.relu(nu - activity).mean() / nu
+    return torch.where(running < nu, nu - activity, 0.0).mean() / nu
+
+
+def network_step(z: Tensor, basis: Tensor, bias: Tensor, *, kappa: Tensor | float | None = None) -> Tensor:
+    """Change of standardised rows (N, I) that takes concepts out, for the network term of CBE and EDDP.
+
+    ``kappa`` None (``cnn``): ``-sum_i ReLU(z_i - b) w_i``, which puts every positive detector of an orthonormal basis
+    on its boundary. Else (``uur``): ``-kappa (W^T)^+ (z - b)``; ``kappa`` a number or (N, 1).
+    """
+    away = F.relu(z - bias) if kappa is None else kappa * (z - bias)
+    return -away @ basis.T
+
+
+def network_certainty(logits: Tensor) -> Tensor:
+    """``L_net``: minus the mean entropy, in bits, of the classes that logits (B, classes) stand for."""
+    log_p = logits.log_softmax(dim=1)
+    return (log_p.exp() * log_p).sum(dim=1).mean() / _LN2
+
+
+_WINDOW, _LONG_WINDOW = 100, 200
+_PATIENCE = _COOLDOWN = 2
+_THRESHOLD = 1e-3
+_SMALLEST_LR = 1e-5
+_NAMES = ("sum", "long_sum", "count", "best", "bad", "cooldown", "scale", "previous", "still")
+
+
+class Plateau(nn.Module):
+    """Halves the rate when the 100-step mean loss has not improved by 0.1 % for more than two windows (two windows of
+    cooldown); converged after two changes of the 200-step mean loss below 0.1 %, or a rate below 1e-5.
+
+    Attributes
+    ----------
+    state : buffer (9,), the numbers named in this module.
+    """
+
+    state: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(len(_NAMES)))
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the start."""
+        self.state.zero_()
+        self.state[_NAMES.index("scale")] = 1.0
+
+    @property
+    def lr_scale(self) -> float:
+        """Factor on the learning rate."""
+        return float(self.state[_NAMES.index("scale")])
+
+    def add(self, loss: float) -> None:
+        """One more step's loss."""
+        s = dict(zip(_NAMES, self.state.tolist(), strict=True))
+        s["sum"] += loss
+        s["long_sum"] += loss
+        s["count"] += 1
+        if s["count"] % _WINDOW == 0:
+            self._short(s, s["sum"] / _WINDOW)
+            s["sum"] = 0.0
+        if s["count"] % _LONG_WINDOW == 0:
+            mean = s["long_sum"] / _LONG_WINDOW
+            small = s["count"] > _LONG_WINDOW and abs(mean - s["previous"]) < _THRESHOLD * abs(s["previous"])
+            s["still"] = s["still"] + 1 if small else 0
+            s["previous"], s["long_sum"] = mean, 0.0
+        self.state.copy_(torch.tensor([s[name] for name in _NAMES]))
+
+    def converged(self, lr: float) -> bool:
+        """True if there is nothing left to gain, for a base rate ``lr``."""
+        return bool(self.state[_NAMES.index("still")] >= 2) or lr * self.lr_scale < _SMALLEST_LR
+
+    @staticmethod
+    def _short(s: dict[str, float], mean: float) -> None:
+        """torch's ReduceLROnPlateau (mode min, relative threshold) on one window's mean."""
+        if s["count"] == _WINDOW or mean < s["best"] - _THRESHOLD * abs(s["best"]):
+            s["best"], s["bad"] = mean, 0
+        else:
+            s["bad"] += 1
+        if s["cooldown"] > 0:
+            s["cooldown"] -= 1
+            s["bad"] = 0
+        if s["bad"] > _PATIENCE:
+            s["scale"] *= 0.5
+            s["cooldown"], s["bad"] = _COOLDOWN, 0
+
 
 _SIGMA_FLOOR = 1e-3
 _REBASE_EVERY = 200

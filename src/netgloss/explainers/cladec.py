@@ -19,6 +19,17 @@ published, needs the classifier: :meth:`ClaDec.use_reference` takes it in Python
 collapse. On top of the paper's rule, with alpha > 0 the weights with the lowest J (not R) on held-out images are kept.
 
 Shape letters: B images, c features of the layer, U units of the code, h w the grid, m H W the decoded image, P = m H W.
+
+The objective of ClaDec and the two forms of its weight alpha.
+
+Section 3 of the method's page; R sums over the P values of an image and averages over the batch::
+
+    R(X, X') = (1/B) sum_i |X_i - X'_i|^2
+    J   = (1 - alpha) R(X, X_E) + alpha CE(C(X_E), t)              alpha in the sum form
+    J~  = (1 - alpha_m) R / P + alpha_m CE = J / (alpha + P (1 - alpha))       what is minimised
+    alpha = P alpha_m / (1 - alpha_m + P alpha_m),   alpha_m = alpha / (alpha + P (1 - alpha))
+
+The weights of J~ add up to 1, so that the learning rate means the same at every alpha and image size.
 """
 
 from __future__ import annotations
@@ -26,23 +37,258 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 
 from netgloss.errors import UserError
-from netgloss.explainers._cladec_config import SMALL, ClaDecConfig, choose_units, count_units, image_size
-from netgloss.explainers._cladec_kept import KeptWeights
-from netgloss.explainers._cladec_objective import (
-    alpha_mean,
-    check_collapse,
-    class_error,
-    reconstruction_error,
-    unit_relevance,
-)
-from netgloss.explainers._decoders import CompactEncoder, GeneralDecoder, PublishedDecoder
-from netgloss.explainers.base import Batch, Explainer, ExplainerConfig, LayerSpec, Rows
+from netgloss.explainers.base import Batch, Explainer, ExplainerConfig, LayerSpec, Rows, TrainingConfig
+from netgloss.explainers.image_decoders import CompactEncoder, GeneralDecoder, PublishedDecoder
+
+SMALL = 32
+"""Sides up to this many pixels take the settings for small images."""
+
+
+@dataclass(frozen=True)
+class ClaDecConfig(TrainingConfig):
+    """Options of :class:`netgloss.explainers.cladec.ClaDec`; 0 means that the image size or the preset decides."""
+
+    num_concepts: int = 0
+    """Units (channels) of the layer that the decoder sees, picked by --channel-rule; 0: those that --channels names."""
+    steps: int = 0
+    """Optimiser steps; 0: as many as --epochs make."""
+    batch_size: int = 0
+    """Images a step; 0: 128 up to 32 px and with --preset published, else 32."""
+    lr: float = 0.0
+    """Peak learning rate of Adam; 0: 1e-3, with --preset published 3e-4."""
+    alpha: float = 0.0
+    """Weight of the classification term, in the form that sums squared errors over an image: 0 (none) to 1."""
+    class_target: Literal["auto", "label", "prediction", "kl"] = "auto"
+    """With alpha: what decoded images shall be classified as; auto: the label, the prediction where there is none."""
+    code_weight: float = 0.0
+    """Weight of the relative error of the layer's activation of the decoded image (label-free fidelity)."""
+    channels: str = "all"
+    """Units of the layer: all, a share ("25%"), or indices ("0,3,8-11")."""
+    channel_rule: Literal["random", "first", "relevance"] = "random"
+    """How a share of the units is picked; random and first are nested: a smaller share is part of a larger one."""
+    channel_seed: int = 0
+    """Seed of --channel-rule random."""
+    size: int = 0
+    """Longer side of the decoded images; 0: the network's input up to 64 px, else 64."""
+    preset: Literal["general", "published"] = "general"
+    """Decoder and training: netgloss's, or those of the method's public code (image side = map side x 2^n)."""
+    width: int = 0
+    """Channels before the general decoder's last convolution; 0: 64 up to 32 px, else 32."""
+    output: Literal["auto", "linear", "sigmoid"] = "auto"
+    """Output of the published decoder; auto: sigmoid. The general decoder is linear."""
+    norm: bool = False
+    """Batch norm in the published decoder."""
+    standardize: Literal["auto", "yes", "no"] = "auto"
+    """Standardise each unit by its training mean and deviation; auto: yes, with --preset published no."""
+    reference: Literal["compact", "none"] = "compact"
+    """Reference autoencoder: a small encoder of its own, or none (then nothing can be put down to the classifier)."""
+    epochs: int = 0
+    """Passes over the images; 0: 10 up to 32 px, else 12; with --preset published 64."""
+    alpha_epochs: int = 3
+    """With alpha and more than 32 px: passes with alpha, after those without. (Up to 32 px: from scratch.)"""
+    schedule: Literal["auto", "cycle", "constant", "drops"] = "auto"
+    """Learning rate: one cycle, constant, or x 0.1 after 29/64 and 58/64 of the steps (the published one)."""
+
+    def __post_init__(self) -> None:
+        whole = ("num_concepts", "steps", "batch_size", "size", "width", "epochs", "alpha_epochs")
+        for name in (*whole, "lr", "code_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha must lie in [0, 1], got {self.alpha}")
+        if self.num_concepts and self.channels != "all":
+            raise UserError("give either num_concepts or channels, not both")
+        if 0 < self.size < 8:
+            raise UserError(f"size must be at least 8 pixels, got {self.size}")
+        if self.preset == "general" and (self.output == "sigmoid" or self.norm):
+            raise UserError("output='sigmoid' and norm belong to the published decoder: add preset='published'")
+
+
+def image_size(config: ClaDecConfig, image: tuple[int, ...]) -> tuple[int, int]:
+    """(H, W) of the decoded images for a network whose input is ``image`` = (m, height, width)."""
+    height, width = image[1:]
+    longer = config.size or (max(height, width) if max(height, width) <= 64 else 64)
+    scale = longer / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def count_units(config: ClaDecConfig, num_features: int) -> int:
+    """How many units the decoder sees."""
+    picked = _named(config.channels, num_features)
+    if isinstance(picked, list):
+        return len(picked)
+    if config.num_concepts > num_features:
+        raise UserError(f"num_concepts = {config.num_concepts}, but the layer has {num_features} units")
+    return config.num_concepts or picked
+
+
+def choose_units(config: ClaDecConfig, num_features: int, relevance: Tensor | None = None) -> Tensor:
+    """Indices (U,) of the units, ascending.
+
+    Parameters
+    ----------
+    relevance : (num_features,) for the rule "relevance"; without it the first ones stand in until it is known.
+    """
+    picked = _named(config.channels, num_features)
+    if isinstance(picked, list):
+        return torch.tensor(picked)
+    count = count_units(config, num_features)
+    if config.channel_rule == "random":
+        generator = torch.Generator().manual_seed(config.channel_seed)
+        order = torch.randperm(num_features, generator=generator)
+    elif config.channel_rule == "relevance" and relevance is not None:
+        order = relevance.argsort(descending=True, stable=True)
+    else:
+        order = torch.arange(num_features)
+    return order[:count].sort().values
+
+
+def _named(channels: str, num_features: int) -> int | list[int]:
+    """Indices where they are named, else how many."""
+    text = channels.strip()
+    if text == "all":
+        return num_features
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            if not 0 < share <= 1:
+                raise ValueError
+            return max(1, round(share * num_features))
+        parts = [part.partition("-") for part in text.split(",")]
+        named = {i for first, dash, last in parts for i in range(int(first), int(last if dash else first) + 1)}
+    except ValueError:
+        raise UserError(
+            f"channels must be 'all', a share like '25%' or indices like '0,3,8-11', got {channels!r}"
+        ) from None
+    if not named or max(named) >= num_features:
+        raise UserError(f"channels {channels!r} names units that the layer does not have (0 to {num_features - 1})")
+    return sorted(named)
+
+
+_COLLAPSE_ERROR = 0.98
+_COLLAPSE_VARIANCE = 1e-3
+
+
+def alpha_sum(alpha_mean: float, num_values: int) -> float:
+    """The weight of the form that sums over an image's P = ``num_values`` values, from that of the averaging form."""
+    _check_alpha(alpha_mean)
+    return num_values * alpha_mean / (1 - alpha_mean + num_values * alpha_mean)
+
+
+def alpha_mean(alpha_sum: float, num_values: int) -> float:
+    """The inverse of :func:`alpha_sum`."""
+    _check_alpha(alpha_sum)
+    return alpha_sum / (alpha_sum + num_values * (1 - alpha_sum))
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha must lie in [0, 1], got {alpha}")
+
+
+def reconstruction_error(image: Tensor, decoded: Tensor) -> Tensor:
+    """R, () : squared differences summed over (m, H, W), averaged over the batch."""
+    return (image - decoded).square().flatten(1).sum(dim=1).mean()
+
+
+def class_error(logits: Tensor, labels: Tensor | None, wanted: Tensor | None, kind: str) -> Tensor:
+    """The class term, () in nats.
+
+    Parameters
+    ----------
+    logits : (B, classes) of the decoded images.
+    labels : (B,) classes, -1 for unknown.
+    wanted : (B, classes) the classifier's logits of the originals.
+    kind : "auto" (the label, the prediction where there is none), "label" (unlabelled images do not count),
+        "prediction" or "kl" (KL(C(X) || C(X_E))).
+
+    Raises
+    ------
+    UserError : the classifier's logits are needed and not there.
+    """
+    if kind == "label":
+        assert labels is not None
+        known = labels >= 0
+        if not known.any():
+            return logits.sum() * 0
+        return cross_entropy(logits[known], labels[known])
+    if wanted is None:
+        raise UserError(
+            f"class_target={kind!r} needs the classifier's logits, which this store does not hold: capture with logits "
+            "or take class_target='label'"
+        )
+    if kind == "kl":
+        return kl_div(logits.log_softmax(1), wanted.to(logits).log_softmax(1), log_target=True, reduction="batchmean")
+    target = wanted.argmax(dim=1).to(logits.device)
+    if kind == "auto" and labels is not None:
+        target = target.where(labels < 0, labels)
+    return cross_entropy(logits, target)
+
+
+def check_collapse(error: float, of_mean: float, spread: float, layer: str, *, ended: bool) -> None:
+    """Raises if the decoder ignores its code, or (``ended``) learned nothing that holds for other images.
+
+    R may rightly exceed that of the mean image with alpha, and before all steps without it: 100 steps lie in the
+    warm-up of a longer fit.
+    """
+    if spread < _COLLAPSE_VARIANCE or (ended and error >= _COLLAPSE_ERROR * of_mean):
+        what = "has collapsed" if spread < _COLLAPSE_VARIANCE else "learned nothing that holds for other images"
+        raise UserError(
+            f"the decoder of layer {layer!r} {what}: on held-out images R = {error:.4g} (the mean image has "
+            f"{of_mean:.4g}), and its images vary {spread:.2g} times as much as the originals; remedies: --output "
+            "linear and --norm with the published decoder, more images, or a lower --lr"
+        )
+
+
+def unit_relevance(activation: Tensor, tail: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """|gradient x activation| of the predicted class's logit, summed over images and positions, (c,) float64.
+
+    Where the tail is one linear layer, this is |weight x activation|.
+    """
+    if tail is None:
+        raise UserError("channel_rule='relevance' needs the classifier: the batch brought no tail")
+    with torch.enable_grad():
+        values = activation.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(tail(values).max(dim=1).values.sum(), values)
+    share = (gradient * activation).detach().abs()
+    return (share.sum(dim=(2, 3)) if share.ndim == 4 else share).sum(dim=0).double().cpu()
+
+
+class KeptWeights(nn.Module):
+    """The best weights so far; empty before and after a fit. Part of a checkpoint, so that resuming is exact."""
+
+    def offer(self, name: str, module: nn.Module, score: float) -> None:
+        """Copies ``module`` if its score is the lowest yet."""
+        mark = f"{name}|"
+        if not score < float(self._buffers.get(mark, torch.tensor(math.inf))):  # type: ignore[arg-type]
+            return
+        self.register_buffer(mark, torch.tensor(score, dtype=torch.float64))
+        for key, value in module.state_dict().items():
+            self.register_buffer(mark + key.replace(".", "|"), value.detach().clone())
+
+    def restore(self, owner: nn.Module) -> None:
+        """Puts the best weights back into the modules of ``owner`` and forgets them."""
+        for name in {key.split("|")[0] for key in self._buffers}:
+            module = owner.get_submodule(name)
+            module.load_state_dict(
+                {key: self._buffers[f"{name}|{key.replace('.', '|')}"] for key in module.state_dict()}
+            )
+        self._buffers.clear()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for key, value in state_dict.items():
+            if key.startswith(prefix):
+                self.register_buffer(key[len(prefix) :], value.clone())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
 
 _EPS = 1e-6
 _HELD_SHARE = 10

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from netgloss.errors import UserError
-from netgloss.explainers._sae import SparseAutoencoder, read, write
 from netgloss.explainers.base import Batch, LayerSpec, Rows, TrainingConfig
+from netgloss.explainers.sparse_autoencoder import SparseAutoencoder, read, write
 
 _START_ROWS = 8192
 _SMALLEST = 1e-3
@@ -94,11 +94,6 @@ class JumpReLUSAE(SparseAutoencoder):
         passing = (self.config.target_l0 or self.num_concepts) / self.num_concepts
         start = before_NK.quantile(1 - passing, dim=0).clamp(min=_SMALLEST)
         self.log_threshold.copy_(start.log())
-
-    @property
-    def thresholds_of_atoms(self) -> Tensor:
-        """(K,), t, in the units of the codes."""
-        return self.log_threshold.exp()
 
     def encode_rows(self, rows: Tensor) -> Tensor:
         """Rows (N, C) -> codes (N, K) >= 0, those above their thresholds."""

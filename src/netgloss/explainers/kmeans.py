@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers._rows import LinearExplainer, sklearn_seed
 from netgloss.explainers.base import ExplainerConfig, Rows
+from netgloss.explainers.rows import LinearExplainer, sklearn_seed
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,10 @@ import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers._class_scores import ClassScores
-from netgloss.explainers._rows import principal_components
-from netgloss.explainers._srae_config import class_name
 from netgloss.explainers.base import ExplainerConfig, LayerSpec, Rows
+from netgloss.explainers.class_scores import ClassScores, class_name
 from netgloss.explainers.nmf import NMF, NMFConfig, nonnegative_codes
+from netgloss.explainers.rows import principal_components
 
 _SHARED = ("pca", "nmf", "random")
 _CHOSEN = ("neurons", "omp", "lasso")

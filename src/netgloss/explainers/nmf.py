@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers._rows import LinearExplainer, sklearn_seed
 from netgloss.explainers.base import ExplainerConfig, Rows
+from netgloss.explainers.rows import LinearExplainer, sklearn_seed
 
 _BLOCK = 8192
 _MAX_SWEEPS = 1000

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from netgloss.explainers._rows import LinearExplainer, principal_components, third_moment_signs
 from netgloss.explainers.base import ExplainerConfig, LayerSpec, Rows
+from netgloss.explainers.rows import LinearExplainer, principal_components, third_moment_signs
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from netgloss.explainers._rows import LinearExplainer, feature_moments
 from netgloss.explainers.base import ExplainerConfig, LayerSpec, Rows
+from netgloss.explainers.rows import LinearExplainer, feature_moments
 
 
 class RandomDirections(LinearExplainer):

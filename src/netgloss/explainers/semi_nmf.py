@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers._rows import LinearExplainer, sklearn_seed
 from netgloss.explainers.base import ExplainerConfig, Rows
 from netgloss.explainers.nmf import nonnegative_codes
+from netgloss.explainers.rows import LinearExplainer, sklearn_seed
 
 _BLOCK = 8192
 

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netgloss.errors import UserError
-from netgloss.explainers._sae import SparseAutoencoder, read, write
 from netgloss.explainers.base import Batch, TrainingConfig
+from netgloss.explainers.sparse_autoencoder import SparseAutoencoder, read, write
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The gloss of a layer: what each concept is, whom it serves, what drove each prediction."""
 
 from netgloss.explanations.content import GlossOptions, make_gloss
-from netgloss.explanations.single import describe_image
+from netgloss.explanations.images import ImageExplanation, explain_images
 
-__all__ = ["GlossOptions", "describe_image", "make_gloss"]
+__all__ = ["GlossOptions", "ImageExplanation", "explain_images", "make_gloss"]

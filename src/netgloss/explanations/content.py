@@ -16,8 +16,8 @@ from netgloss.activations.layer import Layer
 from netgloss.explainers.base import Explainer
 from netgloss.explanations.accumulators import EPS, ConceptSums, by_position, concept_sums
 from netgloss.explanations.deletion import cross_deletion
-from netgloss.explanations.examples import explain_images
 from netgloss.explanations.heatmaps import ConceptRange, concept_heatmaps
+from netgloss.explanations.images import explain_images
 from netgloss.explanations.mistakes import mistakes_record, shown_images
 from netgloss.explanations.similarity import concept_map, concept_similarity, nearest
 from netgloss.metrics.faithfulness.importance import strongest
@@ -213,17 +213,16 @@ def _explain_examples(
     found: dict[int, dict[str, Any]] = {}
     for batch in layer.batches(np.array(sorted(examples))):
         images = batch.index.tolist()
-        told = explain_images(
+        explained = explain_images(
             explainer,
             batch,
-            [drawn[image] for image in images],
-            ranges,
             layer.classifier.class_names,
+            maps=[drawn[image] for image in images],
             drivers=options.drivers,
             also=[drove.get(image) for image in images],
             affine=affine,
         )
-        found.update(zip(images, told, strict=True))
+        found.update({image: one.record(ranges) for image, one in zip(images, explained, strict=True)})
     return found
 
 

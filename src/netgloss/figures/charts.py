@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from netgloss.errors import UserError
-from netgloss.figures.style import AGAINST, BASELINE, INK, VALUE, bare, brief, new_figure
+from netgloss.figures.style import BASELINE, INK, VALUE, bare, brief, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,55 +66,6 @@ def history_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_title(brief(term), fontsize=9, color=INK, loc="left", parse_math=False)
         axes.set_xlabel("step", fontsize=8, color=INK)
         axes.tick_params(which="both", colors=INK, labelsize=8)
-    return figure
-
-
-def activation_histogram(edges: Sequence[float], counts: Sequence[float], *, title: str = "") -> Figure:
-    """How often a concept takes which value; counts on a logarithmic axis.
-
-    Parameters
-    ----------
-    edges : n + 1 bin edges. counts : n counts.
-    """
-    if len(edges) != len(counts) + 1:
-        raise UserError(f"{len(counts)} counts need {len(counts) + 1} edges, got {len(edges)}")
-    figure = new_figure(3.6, 1.9)
-    axes = bare(figure.add_subplot(), left=True)
-    axes.stairs(np.asarray(counts), np.asarray(edges), fill=True, color=VALUE)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("activation", fontsize=8, color=INK)
-    axes.set_ylabel("count", fontsize=8, color=INK)
-    axes.set_title(brief(title), fontsize=9, color=INK, loc="left", parse_math=False)
-    return figure
-
-
-def class_concepts(
-    names: Sequence[str],
-    contributions: Sequence[float],
-    lows: Sequence[float | None],
-    highs: Sequence[float | None],
-    *,
-    title: str = "",
-) -> Figure:
-    """What each concept adds to a class's logit on average, with intervals, in the order given (first on top)."""
-    if not len(names) == len(contributions) == len(lows) == len(highs):
-        raise UserError(
-            "expected as many names as contributions, lows and highs, got "
-            f"{len(names)}, {len(contributions)}, {len(lows)}, {len(highs)}"
-        )
-    figure = new_figure(5.2, 0.26 * len(names) + 0.9)
-    axes = bare(figure.add_subplot())
-    places = range(len(names))
-    axes.barh(places, contributions, color=[VALUE if c >= 0 else AGAINST for c in contributions], height=0.7)
-    for place, low, high in zip(places, lows, highs, strict=True):
-        if low is not None and high is not None:
-            axes.plot([low, high], [place, place], color=INK, linewidth=1.2)
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(places, labels=[brief(name, 32) for name in names], parse_math=False)
-    axes.invert_yaxis()
-    axes.set_xlabel("mean contribution to the logit", fontsize=8, color=INK)
-    axes.set_title(brief(title, 60), fontsize=9, color=INK, loc="left", parse_math=False)
     return figure
 
 

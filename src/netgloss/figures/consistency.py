@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from netgloss.errors import UserError
-from netgloss.figures.overlay import _rgb, _show, _upsample, overlay_map
+from netgloss.figures.overlay import _rgb, _upsample, overlay_map
 from netgloss.figures.style import AGAINST, BASELINE, INK, VALUE, bare, brief, new_figure, number
 
 if TYPE_CHECKING:
@@ -48,38 +48,6 @@ def heat_tile(
         core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
         shown[inside & ~core] = 1.0
     return np.asarray(np.rint(shown * 255), np.uint8)
-
-
-def real_and_adversarial(
-    real: Sequence[Array],
-    real_maps: Sequence[Array | None],
-    real_captions: Sequence[str],
-    adversarial: Sequence[Array],
-    adversarial_maps: Sequence[Array | None],
-    adversarial_captions: Sequence[str],
-    title: str,
-    *,
-    threshold: float | None = None,
-) -> Figure:
-    """A unit's top real images above its top adversarial ones, with heat, the contour at ``threshold``, and captions.
-
-    Captions are "true" for real images and "true -> target" for adversarial ones.
-    """
-    groups = ((real, real_maps, real_captions), (adversarial, adversarial_maps, adversarial_captions))
-    if not all(len(images) == len(maps) == len(captions) for images, maps, captions in groups) or not len(real):
-        raise UserError("every top image needs a map (or None) and a caption, and there must be a real one")
-    columns = max(len(real), len(adversarial))
-    figure = new_figure(1.7 * columns + 0.5, 4.4)
-    figure.suptitle(brief(title, 20 * columns), color=INK, fontsize=11, parse_math=False)
-    found = [np.asarray(m) for _, maps, _ in groups for m in maps if m is not None]
-    high = max((float(m.max()) for m in found), default=1.0)
-    for row, (images, maps, captions) in enumerate(groups):
-        for i, (image, concept_map, caption) in enumerate(zip(images, maps, captions, strict=True)):
-            axes = figure.add_subplot(2, columns, row * columns + i + 1)
-            positive = None if concept_map is None else np.maximum(np.asarray(concept_map, np.float32), 0)
-            _show(axes, image, positive, low=0.0, high=max(high, 1e-12), threshold=threshold)
-            axes.set_title(brief(caption, 26), fontsize=8, color=INK, parse_math=False)
-    return figure
 
 
 def consistency_histograms(
@@ -186,38 +154,6 @@ def accuracy_by_eps(arms: Mapping[str, Mapping[float, Sequence[float]]]) -> Figu
     axes.set_xlabel("eps of PGD, in 1/255", fontsize=8, color=INK)
     axes.set_ylabel("accuracy", fontsize=8, color=INK)
     axes.legend(fontsize=7.5, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
-    return figure
-
-
-def trace_figure(
-    image: Array,
-    copy: Array,
-    traces: Sequence[Sequence[tuple[str, float, Array]]],
-    predictions: tuple[str, str],
-    agreements: tuple[float, float],
-) -> Figure:
-    """Why an image and its adversarial copy got their predictions: the units of largest prediction difference, each
-    with its top real image.
-
-    Parameters
-    ----------
-    traces : for the image and for the copy, (unit's name, prediction difference in logits, top real image) each.
-    predictions : of the image and of the copy. agreements : s of each.
-    """
-    if len(traces) != 2 or not all(traces):
-        raise UserError("a trace needs at least one unit for the image and for its copy")
-    columns = 1 + max(map(len, traces))
-    figure = new_figure(1.35 * columns, 4.2)
-    for row, (picture, units) in enumerate(zip((image, copy), traces, strict=True)):
-        axes = figure.add_subplot(2, columns, row * columns + 1)
-        _show(axes, picture, None)
-        told = f"{brief(predictions[row], 20)}\ns = {number(agreements[row])}"
-        axes.set_title(told, fontsize=8, color=INK, parse_math=False)
-        for i, (name, difference, top) in enumerate(units):
-            axes = figure.add_subplot(2, columns, row * columns + i + 2)
-            _show(axes, top, None)
-            caption = f"{brief(name, 16)}\n{number(difference, signed=True)}"
-            axes.set_title(caption, fontsize=7, color=INK, parse_math=False)
     return figure
 
 

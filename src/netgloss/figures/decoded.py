@@ -149,35 +149,6 @@ def alpha_strip(
     return figure
 
 
-def layer_strip(
-    image: Picture,
-    decoded: Sequence[Picture],
-    references: Sequence[Picture | None],
-    layers: Sequence[str],
-    *,
-    title: str = "",
-) -> Figure:
-    """The original, then for each layer from input to logits what is decoded from it, above its reference."""
-    figure = new_figure(1.3 * (len(layers) + 1) + 0.3, 3.3)
-    axes = figure.subplots(2, len(layers) + 1, squeeze=False)
-    _draw(axes[0][0], image)
-    axes[0][0].set_title("original", fontsize=7, color=INK)
-    axes[1][0].axis("off")
-    for i, (layer, made, reference) in enumerate(zip(layers, decoded, references, strict=True), 1):
-        _draw(axes[0][i], made)
-        axes[0][i].set_title(brief(layer, 20), fontsize=7, color=INK)
-        axes[0][i].set_xlabel(f"rec {number(float(np.square(image - made).sum()))}", fontsize=6, color=INK)
-        if reference is None:
-            axes[1][i].axis("off")
-        else:
-            _draw(axes[1][i], reference)
-            axes[1][i].set_xlabel(
-                f"reference {number(float(np.square(image - reference).sum()))}", fontsize=6, color=INK
-            )
-    figure.suptitle(title, fontsize=8, color=INK)
-    return figure
-
-
 @dataclass(frozen=True)
 class ConceptPictures:
     """One image with one concept taken out, and with it alone (see netgloss.explanations.decoded_concepts).
@@ -213,21 +184,6 @@ def concept_strip(pictures: Sequence[ConceptPictures], *, visibility: str, title
     for column, head in enumerate(heads):
         axes[0][column].set_title(head, fontsize=7, color=INK)
     figure.suptitle(f"{title}\n{visibility}".strip(), fontsize=8, color=INK)
-    return figure
-
-
-def neighbour_strip(image: Picture, neighbours: Sequence[Picture], *, title: str = "") -> Figure:
-    """The image, the training images nearest to it in code, and their standard deviation at each pixel."""
-    figure = new_figure(1.3 * (len(neighbours) + 2) + 0.3, 1.9)
-    axes = figure.subplots(1, len(neighbours) + 2, squeeze=False)[0]
-    for axis, picture in zip(axes, [image, *neighbours], strict=False):
-        _draw(axis, picture)
-    axes[0].set_title("original", fontsize=7, color=INK)
-    spread = np.stack(neighbours).std(axis=0).mean(axis=0)
-    axes[-1].imshow(spread, cmap="viridis", vmin=0, vmax=0.5, interpolation="nearest")
-    _bare(axes[-1])
-    axes[-1].set_title("their deviation", fontsize=7, color=INK)
-    figure.suptitle(title, fontsize=8, color=INK)
     return figure
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,123 +65,104 @@ def overlay_map(
     return np.asarray((1 - blend) * rgb + blend * colour, dtype=np.float32)
 
 
-def concept_gallery(
-    images: Sequence[Array],
-    maps: Sequence[Array | None],
-    values: Sequence[float],
-    title: str,
-    *,
-    threshold: float | None = None,
-    captions: Sequence[str] = (),
-    columns: int = 3,
-) -> Figure:
-    """The strongest images of one concept, each with heat and contour; one axes an image.
+@dataclass(frozen=True)
+class ExplainedImage:
+    """What :func:`image_explanation` draws.
 
     Parameters
     ----------
-    images : (H, W, 3) each. maps : (h, w) each, or None (vector layers). values : the concept's strength in each image.
-    threshold : value at which the contour is drawn; default half of the strongest value. All maps share one scale.
-    captions : a line under each image instead of its value.
+    picture : (H, W, 3). maps : K times (h, w) or None. contributions, names : K each, strongest first.
+    title : the prediction. probability : of it.
+    logit : the network's own. rebuilt : the logit from the decoded concepts. base : what remains without any concept.
+    gap : what base and all concepts leave of ``logit`` (default ``logit - rebuilt``, the same where contributions are
+        exact).
+    weighted : draw each map by :func:`weighted_overlay`, with the last word of its name and its contribution as a share
+        of the strongest one.
     """
-    if not len(images) == len(maps) == len(values) or not images:
-        raise UserError(f"expected as many images as maps and values, got {len(images)}, {len(maps)}, {len(values)}")
-    rows = math.ceil(len(images) / columns)
-    low, high = _scale(maps)
-    figure = new_figure(1.9 * columns, 2.15 * rows + 0.4)
-    figure.suptitle(brief(title, 20 * columns), color=INK, fontsize=11, parse_math=False)
-    for i, (image, concept_map) in enumerate(zip(images, maps, strict=True)):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        _show(axes, image, concept_map, low=low, high=high, threshold=high / 2 if threshold is None else threshold)
-        caption = captions[i] if i < len(captions) else number(values[i])
-        axes.set_title(brief(caption, 28), fontsize=8, color=INK, parse_math=False)
-    return figure
+
+    picture: Array
+    maps: Sequence[Array | None]
+    contributions: Sequence[float]
+    names: Sequence[str]
+    title: str
+    probability: float | None = None
+    logit: float | None = None
+    rebuilt: float | None = None
+    base: float = 0.0
+    gap: float | None = None
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        if not len(self.maps) == len(self.contributions) == len(self.names):
+            raise UserError(
+                "expected as many maps as contributions and names, got "
+                f"{len(self.maps)}, {len(self.contributions)}, {len(self.names)}"
+            )
 
 
-def image_explanation(
-    image: Array,
-    maps: Sequence[Array | None],
-    contributions: Sequence[float],
-    names: Sequence[str],
-    prediction: str,
-    *,
-    probability: float | None = None,
-    logit: float | None = None,
-    rebuilt: float | None = None,
-    base: float = 0.0,
-    gap: float | None = None,
-    thresholds: Sequence[float | None] = (),
-    weighted: bool = False,
-) -> Figure:
+def image_explanation(shown: ExplainedImage) -> Figure:
     """Why one image got its prediction: the image, its top concepts with maps, and what each adds to the logit.
 
     The axes are: the image, one for each map that is not None, and the bars. Where ``logit`` is given, the bars add up
     to it, ``logit = base + concepts + gap``: what the shown concepts leave over is drawn as "other concepts".
-
-    Parameters
-    ----------
-    image : (H, W, 3). maps : K times (h, w) or None. contributions, names : K each, strongest first.
-    probability : of the prediction, for the title.
-    logit : the network's own logit of the prediction; rebuilt : the logit from the decoded concepts; base : what
-    remains without any concept; gap : what base and all concepts miss of ``logit`` (default ``logit - rebuilt``,
-    which is the same where contributions are exact).
-    weighted : draw each map by :func:`weighted_overlay` and tell the last word of its name and its contribution
-    as a share of the strongest one.
     """
-    if not len(maps) == len(contributions) == len(names):
-        raise UserError(
-            f"expected as many maps as contributions and names, got {len(maps)}, {len(contributions)}, {len(names)}"
-        )
-    panels = [k for k, concept_map in enumerate(maps) if concept_map is not None]
+    panels = [k for k, concept_map in enumerate(shown.maps) if concept_map is not None]
     columns = max(2, min(6, 1 + len(panels)))
     rows = math.ceil((1 + len(panels)) / columns)
-    bars = [(brief(name, 32), float(value)) for name, value in zip(names, contributions, strict=True)]
-    if gap is None:
-        gap = 0.0 if logit is None or rebuilt is None else logit - rebuilt
-    if logit is not None:
-        rest = logit - base - gap - sum(contributions)
-        bars += [("other concepts", rest)] if abs(rest) > 1e-6 * (1 + abs(logit)) else []
-        bars += [("base", base), ("gap", gap)]
-
+    bars, gap = _bars(shown)
     figure = new_figure(1.9 * columns, 2.15 * rows + 0.24 * len(bars) + 1.1)
-    sure = "" if probability is None else f"  {100 * probability:.0f} %"
-    figure.suptitle(brief(prediction, 22 * columns) + sure, color=INK, fontsize=11, parse_math=False)
+    sure = "" if shown.probability is None else f"  {100 * shown.probability:.0f} %"
+    figure.suptitle(brief(shown.title, 22 * columns) + sure, color=INK, fontsize=11, parse_math=False)
     layout = figure.add_gridspec(rows + 1, columns, height_ratios=[2.15] * rows + [0.24 * len(bars) + 0.6])
     axes = figure.add_subplot(layout[0, 0])
-    _show(axes, image, None)
+    _show(axes, shown.picture, None)
     axes.set_title("image", fontsize=8, color=INK)
     for place, k in enumerate(panels, start=1):
-        concept_map = np.asarray(maps[k])
-        low, high = _scale([concept_map])
-        threshold = thresholds[k] if k < len(thresholds) else high / 2
-        axes = figure.add_subplot(layout[place // columns, place % columns])
-        if weighted:
-            share = contributions[k] / max(map(abs, contributions))
-            _show(axes, weighted_overlay(image, concept_map, abs(share)), None)
-            caption = f"{names[k].rsplit(' ', 1)[-1]}\nContribution: {number(share, signed=True)}"
-            tone = VALUE if share > 0 else AGAINST
-            axes.set_title(caption, fontsize=8, color=tone, alpha=0.4 + 0.6 * abs(share), parse_math=False)
-            continue
-        _show(axes, image, concept_map, low=low, high=high, threshold=threshold)
-        axes.set_title(
-            f"{brief(names[k], 18)}  {number(contributions[k], signed=True)}", fontsize=8, color=INK, parse_math=False
-        )
+        _draw_map(figure.add_subplot(layout[place // columns, place % columns]), shown, k)
     axes = bare(figure.add_subplot(layout[rows, :]))
     values = [value for _, value in bars]
     axes.barh(range(len(bars)), values, color=[VALUE if v >= 0 else AGAINST for v in values], height=0.7)
     axes.set_yticks(range(len(bars)), labels=[name for name, _ in bars], parse_math=False)
     for i, value in enumerate(values):
-        text = f" {number(value, signed=True)} "
-        axes.text(max(value, 0), i, text, va="center", fontsize=8, color=INK)
+        axes.text(max(value, 0), i, f" {number(value, signed=True)} ", va="center", fontsize=8, color=INK)
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=0.8)
-    told = "added to the logit"
-    if logit is not None:
-        told += f": base {number(base)} + concepts + gap {number(gap)} = {number(logit)}"
-    if rebuilt is not None:
-        told += f"\nthe concepts alone rebuild a logit of {number(rebuilt)}"
-    axes.set_xlabel(told, fontsize=8, color=INK)
+    label = "added to the logit"
+    if shown.logit is not None:
+        label += f": base {number(shown.base)} + concepts + gap {number(gap)} = {number(shown.logit)}"
+    if shown.rebuilt is not None:
+        label += f"\nthe concepts alone rebuild a logit of {number(shown.rebuilt)}"
+    axes.set_xlabel(label, fontsize=8, color=INK)
     return figure
+
+
+def _bars(shown: ExplainedImage) -> tuple[list[tuple[str, float]], float]:
+    """Names and lengths of the bars, and the gap."""
+    bars = [(brief(name, 32), float(value)) for name, value in zip(shown.names, shown.contributions, strict=True)]
+    gap = shown.gap
+    if gap is None:
+        gap = 0.0 if shown.logit is None or shown.rebuilt is None else shown.logit - shown.rebuilt
+    if shown.logit is not None:
+        rest = shown.logit - shown.base - gap - sum(shown.contributions)
+        bars += [("other concepts", rest)] if abs(rest) > 1e-6 * (1 + abs(shown.logit)) else []
+        bars += [("base", shown.base), ("gap", gap)]
+    return bars, gap
+
+
+def _draw_map(axes: Axes, shown: ExplainedImage, k: int) -> None:
+    concept_map = np.asarray(shown.maps[k])
+    if shown.weighted:
+        share = shown.contributions[k] / max(map(abs, shown.contributions))
+        _show(axes, weighted_overlay(shown.picture, concept_map, abs(share)), None)
+        caption = f"{shown.names[k].rsplit(' ', 1)[-1]}\nContribution: {number(share, signed=True)}"
+        tone = VALUE if share > 0 else AGAINST
+        axes.set_title(caption, fontsize=8, color=tone, alpha=0.4 + 0.6 * abs(share), parse_math=False)
+        return
+    low, high = _scale([concept_map])
+    _show(axes, shown.picture, concept_map, low=low, high=high, threshold=high / 2)
+    caption = f"{brief(shown.names[k], 18)}  {number(shown.contributions[k], signed=True)}"
+    axes.set_title(caption, fontsize=8, color=INK, parse_math=False)
 
 
 def weighted_overlay(image: Array, concept_map: Array, strength: float) -> npt.NDArray[np.float32]:

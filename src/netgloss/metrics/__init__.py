@@ -34,7 +34,7 @@ from netgloss.metrics.faithfulness.agreement import (
     kl_divergence,
 )
 from netgloss.metrics.faithfulness.completeness import Completeness, completeness, completeness_value
-from netgloss.metrics.faithfulness.concept_deletion import ConceptDeletion, deletion_scores, ranked_curve
+from netgloss.metrics.faithfulness.concept_deletion import ConceptDeletion, ranked_curve
 from netgloss.metrics.faithfulness.importance import contributions, explain_class
 from netgloss.metrics.faithfulness.importance_agreement import importance_agreement, rank_correlation
 from netgloss.metrics.faithfulness.masking import class_value, linear_value, masked_logits, through
@@ -84,7 +84,6 @@ __all__ = [
     "contributions",
     "cosines",
     "dead_share",
-    "deletion_scores",
     "dictionary_metrics",
     "dictionary_score",
     "explain_class",

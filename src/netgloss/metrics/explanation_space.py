@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from netgloss.explainers._srae_modules import pull_away
+from netgloss.explainers.srae import pull_away
 from netgloss.metrics.base import ImageMetric, by_position, check_same_shape
 from netgloss.metrics.faithfulness.importance import significant
 

@@ -71,21 +71,6 @@ def response_correlation(before: Tensor, after: Tensor) -> Tensor:
     return (a * b).sum(0)
 
 
-def match_units(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """The assignment of units (U,) of ``after`` (N, U) to those of ``before`` (N, U) with the largest summed response
-    correlation, and the correlations (U,); for explainers that were fitted again."""
-    from scipy.optimize import linear_sum_assignment
-
-    if before.shape != after.shape:
-        raise UserError(
-            f"units to match need the same images and number, got {tuple(before.shape)}, {tuple(after.shape)}"
-        )
-    table = torch.nan_to_num(_standardised(before).T @ _standardised(after))
-    _, columns = linear_sum_assignment(table.numpy(), maximize=True)
-    chosen = torch.from_numpy(columns)
-    return chosen, table[torch.arange(len(chosen)), chosen]
-
-
 def _standardised(values: Tensor) -> Tensor:
     """Columns of mean 0 and norm 1; NaN where constant."""
     centred = values.double() - values.double().mean(0)

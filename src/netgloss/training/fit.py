@@ -1,18 +1,14 @@
-"""The one fit loop for every learned method, on lightning-fabric.
+"""Fits explainers on the stream of a layer: closed-form methods directly, learned ones in the training loop.
 
-Resume is exact: step k draws its rows and its random numbers from (seed, k) alone, so a killed fit that continues
-from its last checkpoint ends with the weights of the undisturbed one.
+The loop itself, with its exact resumption, is ``training/loop.py``.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,35 +17,21 @@ from netgloss.errors import UserError
 from netgloss.explainers.base import Batch, Explainer, ExplainerConfig, LayerSpec, TrainingConfig
 from netgloss.memory import is_out_of_memory
 from netgloss.progress import Progress, Silent
+from netgloss.training.loop import (
+    Checkpoint,
+    FitOptions,
+    Log,
+    Training,
+    optimizer_state,
+    restore_optimizer,
+    run_steps,
+)
 from netgloss.training.stream import ActivationStream
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-_LOG_EVERY = 20
 _PATIENCE = timedelta(hours=12)
-
-
-class Checkpoint(Protocol):
-    """Where the loop keeps its state; ``netgloss.runs.run`` writes the files."""
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and plain values of the last saved state, or None."""
-        ...
-
-    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Replaces the saved state atomically."""
-        ...
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How to run the loop."""
-
-    checkpoint_seconds: float = 10.0
-    """Seconds between two checkpoints: what a kill may cost."""
-    log_every: int = _LOG_EVERY
-    """Steps between two lines of the history."""
 
 
 def make_fabric(device: str = "auto", *, devices: int = 1, nodes: int = 1, precision: str = "32-true") -> Fabric:
@@ -110,7 +92,7 @@ def fit(
 
     Parameters
     ----------
-    log : receives one dict a history line: seed, step, loss, every term, lr, and what ``after_step`` gives.
+    log : receives one dict per history line: seed, step, loss, every term, lr, and what ``after_step`` returns.
 
     Raises
     ------
@@ -129,7 +111,7 @@ def fit(
             progress.finish()
         else:
             fabric = fabric or make_fabric("cpu")
-            training = _Training(explainer, stream, seed, fabric, checkpoint, options, log)
+            training = _ExplainerTraining(explainer, stream, seed, fabric, checkpoint, options, log)
             _train([training], stream, seed, fabric, progress)
             explainer.cpu().eval()
             explainer.after_fit(stream)
@@ -178,7 +160,7 @@ def fit_together(
         for number, (explainer, checkpoint) in enumerate(zip(explainers, saved, strict=True)):
             tell = None if log is None else partial(_tell, log, number)
             _adopt(explainer, stream)
-            trainings.append(_Training(explainer, stream, seed, fabric, checkpoint, options, tell))
+            trainings.append(_ExplainerTraining(explainer, stream, seed, fabric, checkpoint, options, tell))
         _train(trainings, stream, seed, fabric, progress)
         for explainer in explainers:
             explainer.cpu().eval()
@@ -206,8 +188,8 @@ def _checked(explainer: Explainer, stream: ActivationStream) -> Explainer:
     return explainer.cpu().eval()
 
 
-class _Training:
-    """One explainer under training: its optimiser, its checkpoint and its history."""
+class _ExplainerTraining(Training[Batch]):
+    """One explainer under training."""
 
     def __init__(
         self,
@@ -217,10 +199,10 @@ class _Training:
         fabric: Fabric,
         checkpoint: Checkpoint | None,
         options: FitOptions,
-        log: Callable[[dict[str, Any]], None] | None,
+        log: Log | None,
     ) -> None:
-        self.explainer, self.stream, self.seed, self.fabric = explainer, stream, seed, fabric
-        self.checkpoint, self.options, self.log = checkpoint, options, log
+        super().__init__(seed, fabric, checkpoint, options, log)
+        self.explainer, self.stream = explainer, stream
         assert isinstance(explainer.config, TrainingConfig)
         saved = checkpoint.load() if checkpoint is not None else None
         if saved is None:
@@ -229,93 +211,74 @@ class _Training:
         optimizer = explainer.optimizer()
         self.start = 0
         if saved is not None:
-            self.start = _restore(explainer, optimizer, *saved)
+            tensors, values = saved
+            prefix = "explainer."
+            explainer.load_state_dict({n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)})
+            restore_optimizer(optimizer, tensors)
+            self.start = int(values["step"])
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         explainer.train()
         self.module, self.optimizer = fabric.setup(explainer, optimizer)
         self.module.mark_forward_method("losses")
-        self.stopped = False
-        self._sums: dict[str, float] = {}
-        self._counted = 0
-        self._saved_at = time.monotonic()
 
-    def goes_on(self, step: int) -> bool:
-        """Whether this explainer takes ``step``; seeds its random numbers and asks it."""
-        if self.stopped or not self.start <= step < self.explainer.max_steps:
+    @property
+    def total(self) -> int:  # type: ignore[override]
+        """The explainer's own number of steps, which may change during the fit."""
+        return self.explainer.max_steps
+
+    def takes(self, step: int) -> bool:
+        """Also asks the explainer, which may stop or reset its optimiser."""
+        if not super().takes(step):
             return False
-        torch.manual_seed((self.seed << 32) ^ step)
         wish = self.explainer.before_step(step, self.stream)
         self.stopped = wish == "stop"
         if wish == "reset":
             self.optimizer = self.fabric.setup_optimizers(self.explainer.optimizer())
         return not self.stopped
 
-    def step(self, step: int, batch: Batch) -> tuple[int, str]:
-        """One step of the optimiser; the steps to report and a note, once every ``log_every`` steps."""
-        explainer, options = self.explainer, self.options
-        scale = explainer.lr_scale(step)
+    def terms(self, step: int, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The explainer's losses, at the step's learning rate."""
+        scale = self.explainer.lr_scale(step)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * scale
-        terms = self.module.losses(batch)
-        loss = torch.stack([t.float() for t in terms.values()]).sum()
-        values = {name: float(t.detach()) for name, t in terms.items()}
-        if not all(math.isfinite(v) for v in values.values()):
-            _explain_nan(values, self.stream, step, batch)
-        self.fabric.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        extra = explainer.after_step(step)
-        self._counted += 1
-        for name, value in {"loss": float(loss.detach()), **values}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        if (step + 1) % options.log_every and step + 1 != explainer.max_steps:
-            return 0, ""
-        counted = self._counted
-        line = {"seed": self.seed, "step": step + 1, **{k: v / counted for k, v in self._sums.items()}, **extra}
-        line["lr"] = self.base_rates[0] * scale
-        if self.log is not None and self.fabric.is_global_zero:
-            self.log(line)
-        self._sums, self._counted = {}, 0
-        due = time.monotonic() - self._saved_at > options.checkpoint_seconds
-        if self.checkpoint is not None and self.fabric.is_global_zero and due:
-            self.checkpoint.save(*_state(explainer, self.optimizer, step + 1))
-            self._saved_at = time.monotonic()
-        return counted, f"loss {line['loss']:.4g}"
+        return self.module.losses(batch), {}
+
+    def after_step(self, step: int, values: dict[str, float]) -> dict[str, Any]:
+        """The explainer's own entries, and the learning rate."""
+        return {**self.explainer.after_step(step), "lr": self.base_rates[0] * self.explainer.lr_scale(step)}
+
+    def refuse(self, values: dict[str, float], step: int, batch: Batch) -> NoReturn:
+        """Names layer, step and images."""
+        terms = ", ".join(f"{name} = {value}" for name, value in values.items())
+        images = [self.stream.store.ids[i] for i in batch.index[:3].tolist()]
+        raise UserError(
+            f"the loss became NaN or Inf at layer {self.stream.layer!r}, step {step} ({terms}; a batch with images "
+            f"{', '.join(images)}): lower --lr"
+        )
+
+    def state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and optimiser."""
+        tensors = {f"explainer.{name}": value for name, value in self.explainer.state_dict().items()}
+        return tensors | optimizer_state(self.optimizer), {"step": step}
 
 
 def _train(
-    trainings: Sequence[_Training], stream: ActivationStream, seed: int, fabric: Fabric, progress: Progress
+    trainings: Sequence[_ExplainerTraining], stream: ActivationStream, seed: int, fabric: Fabric, progress: Progress
 ) -> None:
     """All steps of all trainings, on the same batches."""
     first = trainings[0].explainer
     assert isinstance(first.config, TrainingConfig)
-    start = min(training.start for training in trainings)
-    last = max(training.explainer.max_steps for training in trainings)
     batches = stream.batches(
         first.config.batch_size,
         seed=seed,
-        start=start,
+        start=min(training.start for training in trainings),
         rank=fabric.global_rank,
         world=fabric.world_size,
         fields=first.needs(first.config),
         balance=first.balance,
     )
     name = f"fit seed {seed}" + (f", {len(trainings)} dictionaries" if len(trainings) > 1 else "")
-    progress.start(name, last, unit="steps", done=start)
-    for step in range(start, last):
-        batch, counted, note = None, 0, ""
-        for training in trainings:
-            if training.goes_on(step):
-                batch = batch or _move(next(batches), fabric)
-                told = training.step(step, batch)
-                counted, note = max(counted, told[0]), told[1] or note
-        if all(training.stopped for training in trainings):
-            break
-        if batch is None:  # one that is further on than the others waits for them
-            next(batches)
-        if counted:
-            progress.advance(counted, note=note)
-    progress.finish()
+    run_steps(trainings, (_move(batch, fabric) for batch in batches), name=name, progress=progress)
 
 
 def _move(batch: Batch, fabric: Fabric) -> Batch:
@@ -328,40 +291,6 @@ def _move(batch: Batch, fabric: Fabric) -> Batch:
         batch.whole = batch.activation
     batch.upper = {name: fabric.to_device(value) for name, value in batch.upper.items()}
     return batch
-
-
-def _explain_nan(values: dict[str, float], stream: ActivationStream, step: int, batch: Batch) -> None:
-    terms = ", ".join(f"{name} = {value}" for name, value in values.items())
-    images = [stream.store.ids[i] for i in batch.index[:3].tolist()]
-    raise UserError(
-        f"the loss became NaN or Inf at layer {stream.layer!r}, step {step} ({terms}; a batch with images "
-        f"{', '.join(images)}): lower --lr"
-    )
-
-
-def _state(explainer: Explainer, optimizer: Any, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"explainer.{name}": value for name, value in explainer.state_dict().items()}
-    state = optimizer.state_dict()
-    for number, entries in state["state"].items():
-        for name, value in entries.items():
-            tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
-    return tensors, {"step": step}
-
-
-def _restore(
-    explainer: Explainer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
-) -> int:
-    prefix = "explainer."
-    explainer.load_state_dict({n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)})
-    state = optimizer.state_dict()
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".", 2)
-            entries.setdefault(int(number), {})[key] = value
-    state["state"] = entries
-    optimizer.load_state_dict(state)
-    return int(values["step"])
 
 
 def pick_device(device: str) -> torch.device:

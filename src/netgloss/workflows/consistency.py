@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +32,7 @@ from netgloss.adversarial.probe import (
     AttackChoice,
     Encode,
     LayerResult,
+    UnitOptions,
     attack_probe,
     measure_layers,
     network_mean,
@@ -55,13 +56,15 @@ from netgloss.metrics.consistency.difference import (
     unchanged,
 )
 from netgloss.metrics.consistency.units import top_set_size
-from netgloss.progress import Progress, Silent
+from netgloss.progress import Progress
 from netgloss.report import write_report
 from netgloss.runs.run import FileCheckpoint, Run, to_json, write_atomically
 from netgloss.runs.saved import load_explainer
+from netgloss.training.execution import Execution
 
 if TYPE_CHECKING:
     from netgloss.data import ImageSource
+    from netgloss.explainers.base import Explainer
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,10 @@ class ConsistencyOptions:
             raise UserError("null_draws, difference_images, shown_units and shown_images must not be negative")
 
 
-def consistency_run(
+def consistency(
     classifier: Classifier,
     images: ImageSource,
-    layers: Sequence[str],
+    layers: Sequence[str] = (),
     *,
     out: str | Path,
     attack: AttackChoice | None = None,
@@ -105,53 +108,175 @@ def consistency_run(
     affinity: AffinityChoice | None = None,
     options: ConsistencyOptions | None = None,
     explainer: str | Path | None = None,
-    device: str = "cpu",
-    command: str = "",
-    progress: Progress | None = None,
+    device: str | Execution = "auto",
 ) -> Run:
-    """Scores the channels of ``layers``, or the concepts of a run folder's explainer at its layer.
+    """Scores how consistent the concept of each unit is, on real images and under attack, and writes the report.
 
     Parameters
     ----------
+    images : labelled images R.
+    layers : whose channels are the units.
+    attack : how the adversarial images V are made from R.
     also : further networks that the ensemble attack brings to its target, with the same classes and input.
+    affinity : how similar two classes are.
+    explainer : a run folder, whose concepts are the units instead, at its layer.
+    device : a device, or an :class:`~netgloss.Execution`.
 
     Raises
     ------
-    UserError : for what does not fit, and if ``out`` holds another run.
+    UserError : images, layers or networks that do not fit, or ``out`` holds another run.
     """
     attack, affinity, options = attack or AttackChoice(), affinity or AffinityChoice(), options or ConsistencyOptions()
-    progress = progress or Silent()
-    layers = list(dict.fromkeys(classifier.check_layer(name) for name in layers))
-    encoders: dict[str, Encode] = {}
-    method, decode, linear = "channels", None, True
-    identity: dict[str, str] = {}
-    if explainer is not None:
-        explained = Run(explainer)
-        if layers not in ([], [explained.layer]):
-            raise UserError(f"the explainer in {explainer} explains layer {explained.layer!r}, not {', '.join(layers)}")
-        layers = [explained.layer]
-        file = explained.explainer_path(explained.seeds[0])
-        fitted = load_explainer(file, classifier=classifier).to(device)
-        encoders[explained.layer], method = fitted.encode, explained.method
-        identity["explainer"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        rebuilds = fitted.target == "activation" and fitted.reads != "pooled"  # from a mean over the grid, no map
-        decode = fitted.decode if rebuilds else None
-        linear = fitted.dictionary is not None
+    execution = Execution.of(device)
+    progress = execution.shown
+    units = _Units.channels(classifier, layers) if explainer is None else _Units.concepts(classifier, layers, explainer)
     _check_ensemble(classifier, also, attack)
-    if not layers:
-        raise UserError("say which layer's units are to be scored (--layer), or pass a run folder (--explainer)")
-    manifest = {
+    run = Run.create(out, _manifest(classifier, images, units, attack, also, affinity, options, execution.command))
+    if run.manifest["status"] == "complete":
+        return run
+    began = time.monotonic()
+    classifier = classifier.to(execution.torch_device)
+    units.to(execution.torch_device)
+    pixels = PixelClassifier.of(classifier, craft_layer=attack.craft_layer)
+    others = [PixelClassifier.of(other.to(execution.torch_device)) for other in also]
+    untrained = PixelClassifier.of(classifier.untrained(0)) if options.controls else None
+    measured: list[_Measured] = []
+    for seed in run.seeds:
+        data = load_pixels(classifier, images, number=options.max_images, seed=seed, progress=progress)
+        data = data.stratified(options.max_images, seed=seed)
+        top_set_size(data.probe_labels, k=options.k)  # refuses too few images before minutes of attack
+        affinities, provenance = affinity.build(classifier, data)
+        made = attack_probe(
+            pixels,
+            data,
+            attack,
+            also=others,
+            seed=seed,
+            layer=units.layers[0],
+            checkpoint=_checkpoint(run, seed),
+            progress=progress,
+        )
+        first = seed == run.seeds[0]
+        results, logits = measure_layers(
+            pixels,
+            data,
+            units.layers,
+            affinities,
+            adversarial=made,
+            encoders=units.encoders,
+            untrained=untrained if first else None,
+            options=UnitOptions(options.controls, options.pooling, options.k, options.null_draws if first else 0, seed),
+            progress=progress,
+        )
+        measured.append(_Measured(data, made, results, logits, affinities, provenance))
+    differences = {
+        layer: _differences(classifier, pixels, measured[0], layer, options.difference_images, units, progress)
+        for layer in units.layers
+        if options.difference_images and (layer not in units.encoders or units.decode is not None)
+    }
+    result = _write(run, pixels, measured, units, differences, attack, affinity, options)
+    unreadable = [{"id": i, "reason": r} for i, r in list(measured[0].data.problems.items())[:200]]
+    run.update(
+        data={**run.manifest["data"], "unreadable": unreadable},
+        warnings=run_warnings(result, pooling=options.pooling),
+    )
+    run.add_time("consistency", time.monotonic() - began)
+    write_report(run)
+    for seed in run.seeds:
+        _checkpoint(run, seed).remove()
+    run.update(status="complete")
+    return run
+
+
+@dataclass
+class _Units:
+    """What is scored: channels of layers, or the concepts of an explainer.
+
+    Attributes
+    ----------
+    encoders : by layer, ``encode`` of the explainer; none for channels.
+    decode : back to the layer, where the explainer can. linear : whether decode is affine.
+    """
+
+    layers: list[str]
+    method: str = "channels"
+    identity: dict[str, str] = field(default_factory=dict)
+    encoders: dict[str, Encode] = field(default_factory=dict)
+    decode: Encode | None = None
+    linear: bool = True
+    explainer: Explainer | None = None
+
+    @classmethod
+    def channels(cls, classifier: Classifier, layers: Sequence[str]) -> _Units:
+        """The channels of ``layers``."""
+        if not layers:
+            raise UserError("say which layer's units are to be scored (--layer), or pass a run folder (--explainer)")
+        return cls(list(dict.fromkeys(classifier.check_layer(name) for name in layers)))
+
+    @classmethod
+    def concepts(cls, classifier: Classifier, layers: Sequence[str], folder: str | Path) -> _Units:
+        """The concepts of a run, at its layer."""
+        run = Run(folder)
+        named = list(dict.fromkeys(classifier.check_layer(name) for name in layers))
+        if named not in ([], [run.layer]):
+            raise UserError(f"the explainer in {folder} explains layer {run.layer!r}, not {', '.join(named)}")
+        file = run.explainer_path(run.seeds[0])
+        explainer = load_explainer(file, classifier=classifier)
+        rebuilds = explainer.target == "activation" and explainer.reads != "pooled"  # from a mean over the grid, no map
+        return cls(
+            [run.layer],
+            run.method,
+            {"explainer": hashlib.sha256(file.read_bytes()).hexdigest()},
+            {run.layer: explainer.encode},
+            explainer.decode if rebuilds else None,
+            explainer.dictionary is not None,
+            explainer,
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Moves the explainer."""
+        if self.explainer is not None:
+            self.explainer.to(device)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Everything measured with one seed."""
+
+    data: LabelledPixels
+    made: Adversarial | None
+    results: dict[str, LayerResult]
+    logits: dict[str, torch.Tensor]
+    affinities: dict[str, np.ndarray]
+    provenance: dict[str, Any]
+
+
+def _checkpoint(run: Run, seed: int) -> FileCheckpoint:
+    return FileCheckpoint(run.path / f"attack-seed{seed}.checkpoint.safetensors")
+
+
+def _manifest(
+    classifier: Classifier,
+    images: ImageSource,
+    units: _Units,
+    attack: AttackChoice,
+    also: Sequence[Classifier],
+    affinity: AffinityChoice,
+    options: ConsistencyOptions,
+    command: str,
+) -> dict[str, Any]:
+    return {
         "command": command,
         "method": "consistency",
         "config": {
-            "units": method,
-            **identity,
+            "units": units.method,
+            **units.identity,
             **dataclasses.asdict(options),
             "attack": {**dataclasses.asdict(attack), **({"also": [c.spec() for c in also]} if also else {})},
             "affinity": {k: None if v is None else str(v) for k, v in dataclasses.asdict(affinity).items()},
         },
         "model": classifier.spec(),
-        "layer": ", ".join(layers),
+        "layer": ", ".join(units.layers),
         "seeds": list(range(options.seeds)),
         "store_address": hashlib.sha256(f"{images.fingerprint}\n{classifier.weights_hash}".encode()).hexdigest(),
         "data": {
@@ -161,92 +286,53 @@ def consistency_run(
             "notes": list(images.notes),
         },
     }
-    run = Run.create(out, manifest)
-    if run.manifest["status"] == "complete":
-        return run
-    began = time.monotonic()
-    classifier = classifier.to(device)
-    pixels = PixelClassifier.of(classifier, craft_layer=attack.craft_layer)
-    others = [PixelClassifier.of(other.to(device)) for other in also]
-    untrained = PixelClassifier.of(classifier.untrained(0)) if options.controls else None
-    measured: list[dict[str, LayerResult]] = []
-    for seed in run.seeds:
-        data = load_pixels(classifier, images, number=options.max_images, seed=seed, progress=progress)
-        data = data.stratified(options.max_images, seed=seed)
-        top_set_size(data.probe_labels, k=options.k)  # too few images are told before minutes of attack
-        affinities, provenance = affinity.build(classifier, data)
-        kept = FileCheckpoint(run.path / f"attack-seed{seed}.checkpoint.safetensors")
-        made = attack_probe(
-            pixels, data, attack, also=others, seed=seed, layer=layers[0], checkpoint=kept, progress=progress
-        )
-        results, logits = measure_layers(
-            pixels,
-            data,
-            layers,
-            affinities,
-            adversarial=made,
-            encoders=encoders,
-            untrained=untrained if seed == run.seeds[0] else None,
-            controls=options.controls,
-            pooling=options.pooling,
-            k=options.k,
-            null_draws=options.null_draws if seed == run.seeds[0] else 0,
-            seed=seed,
-            progress=progress,
-        )
-        measured.append(results)
-        if seed == run.seeds[0]:
-            first = (data, made, results, logits, affinities, provenance)
-    data, made, results, logits, affinities, provenance = first
-    differences = {}
-    for layer in layers:
-        if options.difference_images and (layer not in encoders or decode is not None):
-            ways = (encoders[layer], decode) if layer in encoders and decode else (unchanged, unchanged)
-            differences[layer] = _differences(
-                classifier, pixels, data, made, results[layer], affinities, options, ways, linear, progress
-            )
+
+
+def _write(
+    run: Run,
+    pixels: PixelClassifier,
+    measured: Sequence[_Measured],
+    units: _Units,
+    differences: dict[str, dict[str, Any]],
+    attack: AttackChoice,
+    affinity: AffinityChoice,
+    options: ConsistencyOptions,
+) -> dict[str, Any]:
+    """units.csv, pictures, result.json and scores.json; returns the content of result.json."""
+    first = measured[0]
+    data, made, results = first.data, first.made, first.results
     rows = [
         row
-        for layer in layers
-        for row in unit_rows(results[layer], data, affinity, provenance, method, differences.get(layer))
+        for layer in units.layers
+        for row in unit_rows(results[layer], data, affinity, first.provenance, units.method, differences.get(layer))
     ]
     write_atomically(run.path / "units.csv", to_csv(rows))
-    shown = {
-        layer: gallery(
-            run, pixels, data, made, results[layer], options.shown_units, options.shown_images, encoders.get(layer)
-        )
-        for layer in layers
-    }
-    traced = {
-        layer: trace(run, data, made, results[layer], found)
-        for layer, found in differences.items()
-        if layer not in encoders and made is not None and options.shown_images
-    }
+    shown = (options.shown_units, options.shown_images)
     result = {
-        "affinity": {k: v for k, v in provenance.items() if k != "wnids"},
+        "affinity": {k: v for k, v in first.provenance.items() if k != "wnids"},
         "class_names": [data.title(c) for c in range(len(data.class_names))],
         "num_images": len(data),
-        "attack": None if made is None else attack_record(attack, made, logits, data),
+        "attack": None if made is None else attack_record(attack, made, first.logits, data),
         "v_regenerated": made is not None,
-        "layers": {layer: layer_record(results[layer], data, affinities, differences.get(layer)) for layer in layers},
+        "layers": {
+            layer: layer_record(results[layer], data, first.affinities, differences.get(layer))
+            for layer in units.layers
+        },
         "network": network_mean(results),
-        "over_seeds": over_seeds(measured),
-        "gallery": shown,
-        "trace": traced,
+        "over_seeds": over_seeds([m.results for m in measured]),
+        "gallery": {
+            layer: gallery(run, pixels, data, made, results[layer], *shown, units.encoders.get(layer))
+            for layer in units.layers
+        },
+        "trace": {
+            layer: trace(run, data, made, results[layer], found)
+            for layer, found in differences.items()
+            if layer not in units.encoders and made is not None and options.shown_images
+        },
     }
     write_atomically(run.path / "result.json", to_json(result))
-    run.write_scores([layer_score(layer, measured) for layer in layers])
-    data_record = {
-        **run.manifest["data"],
-        "unreadable": [{"id": i, "reason": r} for i, r in list(data.problems.items())[:200]],
-    }
-    run.update(data=data_record, warnings=run_warnings(result, pooling=options.pooling))
-    run.add_time("consistency", time.monotonic() - began)
-    write_report(run)
-    for seed in run.seeds:
-        FileCheckpoint(run.path / f"attack-seed{seed}.checkpoint.safetensors").remove()
-    run.update(status="complete")
-    return run
+    run.write_scores([layer_score(layer, [m.results for m in measured]) for layer in units.layers])
+    return result
 
 
 # -- prediction differences -------------------------------------------------------------------------------------------
@@ -267,22 +353,17 @@ def _check_ensemble(classifier: Classifier, also: Sequence[Classifier], attack: 
 def _differences(
     classifier: Classifier,
     pixels: PixelClassifier,
-    data: LabelledPixels,
-    made: Adversarial | None,
-    result: LayerResult,
-    affinities: dict[str, np.ndarray],
-    options: ConsistencyOptions,
-    ways: tuple[Encode, Encode],
-    linear: bool,
+    measured: _Measured,
+    layer: str,
+    num_images: int,
+    units: _Units,
     progress: Progress,
 ) -> dict[str, Any]:
-    """PD of the units on some images of R and V, s of each, and how well s and the largest probability tell V, and
-    wrong images of R.
-
-    ``ways`` encode and decode; ``linear`` says that decode is affine.
-    """
+    """Prediction differences (PD) of the units on some images of R and V, the agreement s of each image, and how well s
+    and the largest probability detect V, and wrong images of R."""
+    data, made, result = measured.data, measured.made, measured.results[layer]
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    chosen = drawn[: options.difference_images].sort()[0]
+    chosen = drawn[:num_images].sort()[0]
     device = pixels.mean.device
     sets = {"real": data.pixels(chosen)}
     if made is not None:
@@ -295,9 +376,10 @@ def _differences(
     from netgloss.classifiers import Taps
 
     positive = result.units.pole > 0  # a signed unit is taken out as a whole
-    meaning = torch.as_tensor(affinities["chosen"]) @ result.scores.classes[:, positive]
+    meaning = torch.as_tensor(measured.affinities["chosen"]) @ result.scores.classes[:, positive]
     progress.start(f"differences {result.layer}", len(sets) * len(chosen), unit="images")
     affine = None
+    encode, decode = units.encoders.get(layer, unchanged), units.decode or unchanged
     for name, images in sets.items():
         parts, logits_parts = [], []
         with torch.no_grad(), Taps(pixels.net, result.layer, stop=False) as taps:
@@ -305,8 +387,8 @@ def _differences(
                 activation = taps(pixels.normalise(batch.to(device)))[result.layer]
                 logits_parts.append(taps.logits.cpu())
                 if affine is None:
-                    affine = linear and tail.is_affine(tuple(activation.shape[1:]))
-                pd = prediction_difference(activation, tail, encode=ways[0], decode=ways[1], affine=affine)
+                    affine = units.linear and tail.is_affine(tuple(activation.shape[1:]))
+                pd = prediction_difference(activation, tail, encode=encode, decode=decode, affine=affine)
                 parts.append(pd.cpu())
                 progress.advance(len(batch))
         logits = torch.cat(logits_parts)

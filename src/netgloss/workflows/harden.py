@@ -29,19 +29,18 @@ from torch import Tensor
 from netgloss.adversarial import PixelClassifier, attack_in_batches, pgd
 from netgloss.adversarial.affinity_choice import AffinityChoice
 from netgloss.adversarial.arms import ARMS, find_arm
-from netgloss.adversarial.harden import DivergedError, HardenConfig, Hardened, harden, settings, split_training
+from netgloss.adversarial.harden import DivergedError, HardenConfig, Hardened, Hardening, settings, split_training
 from netgloss.adversarial.harden_summary import arm_scores, summarise_arm
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
-from netgloss.adversarial.probe import AttackChoice, LayerResult, attack_probe, measure_layers
-from netgloss.adversarial.robustness import AttackPlan, masking_failures, robust_accuracies
+from netgloss.adversarial.probe import AttackChoice, LayerResult, UnitOptions, attack_probe, measure_layers
+from netgloss.adversarial.robustness import Attacked, AttackPlan, masking_failures, robust_accuracies
 from netgloss.classifiers import Classifier, load_classifier
 from netgloss.errors import UserError
 from netgloss.metrics.consistency.units import top_set_size
 from netgloss.metrics.feature_health import response_correlation
-from netgloss.progress import Progress, Silent
 from netgloss.report import write_report
 from netgloss.runs.run import FileCheckpoint, Run, in_order, read_json, to_json, versions, write_atomically
-from netgloss.training import make_fabric
+from netgloss.training.execution import Execution
 from netgloss.trust import check_code
 
 if TYPE_CHECKING:
@@ -83,7 +82,26 @@ class HardenPlan:
             raise UserError(f"seeds and v_steps must be at least 1, got {self.seeds} and {self.v_steps}")
 
 
-def harden_run(
+@dataclass(frozen=True)
+class _Settings:
+    """The options of a hardening."""
+
+    config: HardenConfig
+    plan: HardenPlan
+    attacks: AttackPlan
+    affinity: AffinityChoice
+
+    def record(self) -> dict[str, Any]:
+        """What run.json records of them."""
+        return {
+            **dataclasses.asdict(self.config),
+            "plan": dataclasses.asdict(self.plan),
+            "attacks": dataclasses.asdict(self.attacks),
+            "affinity": {k: None if v is None else str(v) for k, v in dataclasses.asdict(self.affinity).items()},
+        }
+
+
+def harden(
     classifier: Classifier,
     images: ImageSource,
     eval_images: ImageSource,
@@ -94,43 +112,46 @@ def harden_run(
     plan: HardenPlan | None = None,
     attacks: AttackPlan | None = None,
     affinity: AffinityChoice | None = None,
-    device: str = "auto",
-    command: str = "",
-    progress: Progress | None = None,
+    device: str | Execution = "auto",
 ) -> Run:
-    """Trains every arm with every seed, judges them and the original, and writes the report.
+    """Trains every arm of a plan with every seed, evaluates them and the original, and writes the report.
 
     Parameters
     ----------
-    images : to train on (a share of them chooses the epoch and beta); eval_images : R, and what is attacked.
-    layer : phi and the layer whose channels are scored.
+    images : to train on (a share of them chooses the epoch and beta). eval_images : R, and what is attacked.
+    layer : phi, and the layer whose channels are scored.
+    out : the run folder; an interrupted run with the same settings continues.
+    device : a device, or an :class:`~netgloss.Execution`.
+
+    Returns
+    -------
+    The run: ``hardened-ARM-seedN.safetensors`` in its folder load with ``checkpoint=``.
 
     Raises
     ------
-    UserError : for what does not fit, and if ``out`` holds another run.
+    UserError : images that do not fit the classifier, too few of them, or ``out`` holds another run.
     """
-    config, plan, affinity = config or HardenConfig(), plan or HardenPlan(), affinity or AffinityChoice()
-    attacks = attacks or AttackPlan()
-    progress = progress or Silent()
+    options = _Settings(
+        config or HardenConfig(), plan or HardenPlan(), attacks or AttackPlan(), affinity or AffinityChoice()
+    )
+    execution = Execution.of(device)
+    progress = execution.shown
     classifier.check_layer(layer)
     if images.fingerprint == eval_images.fingerprint:
-        raise UserError("the images to judge on are those to train on: hardened networks are judged on other images")
+        raise UserError(
+            "the images to evaluate on are those to train on: hardened networks are evaluated on other images"
+        )
     classifier = classifier.to("cpu")
-    train = load_pixels(classifier, images, number=plan.train_images, progress=progress)
+    train = load_pixels(classifier, images, number=options.plan.train_images, progress=progress)
     probe = load_pixels(classifier, eval_images, progress=progress)
     both = f"{images.fingerprint}\n{eval_images.fingerprint}\n{classifier.weights_hash}"
     manifest = {
-        "command": command,
+        "command": execution.command,
         "method": "harden",
-        "config": {
-            **dataclasses.asdict(config),
-            "plan": dataclasses.asdict(plan),
-            "attacks": dataclasses.asdict(attacks),
-            "affinity": {k: None if v is None else str(v) for k, v in dataclasses.asdict(affinity).items()},
-        },
+        "config": options.record(),
         "model": classifier.spec(),
         "layer": layer,
-        "seeds": list(range(plan.seeds)),
+        "seeds": list(range(options.plan.seeds)),
         "store_address": hashlib.sha256(both.encode()).hexdigest(),
         "data": {
             "description": f"{images.description}; judged on {eval_images.description}",
@@ -142,15 +163,15 @@ def harden_run(
         },
     }
     run = Run.create(out, manifest)
-    job = _Job(run, classifier, train, probe, layer, config, plan, attacks, affinity, device, progress)
+    job = _Job(run, classifier, train, probe, layer, options, execution)
     began = time.monotonic()
     job.choose_beta()
-    job.judge("original")
-    for done, arm in enumerate(plan.arms, start=1):
+    job.evaluate("original")
+    for done, arm in enumerate(options.plan.arms, start=1):
         for seed in run.seeds:
             job.train_arm(arm, seed)
-            job.judge(arm, seed)
-        job.summarise(plan.arms[:done])
+            job.evaluate(arm, seed)
+        job.summarise(options.plan.arms[:done])
     run.add_time("hardening and judging", time.monotonic() - began)
     run.update(status="complete")
     write_report(run)
@@ -167,21 +188,17 @@ class _Job:
         train: LabelledPixels,
         probe: LabelledPixels,
         layer: str,
-        config: HardenConfig,
-        plan: HardenPlan,
-        attacks: AttackPlan,
-        affinity: AffinityChoice,
-        device: str,
-        progress: Progress,
+        options: _Settings,
+        execution: Execution,
     ) -> None:
         self.run, self.classifier, self.train, self.layer = run, classifier, train, layer
-        self.config, self.plan, self.attacks, self.progress = config, plan, attacks, progress
-        self.fabric = make_fabric(device)
-        self.probe = probe.stratified(plan.probe_images)
-        self.attacked = probe.stratified(plan.attack_images)
-        top_set_size(self.probe.probe_labels, k=plan.k)  # too few images are told before anything is trained
-        split_training(train, config.holdout)
-        self.affinities, self.provenance = affinity.build(classifier, self.probe)
+        self.config, self.plan, self.attacks = options.config, options.plan, options.attacks
+        self.fabric, self.progress = execution.fabric, execution.shown
+        self.probe = probe.stratified(self.plan.probe_images)
+        self.attacked = probe.stratified(self.plan.attack_images)
+        top_set_size(self.probe.probe_labels, k=self.plan.k)  # refuses too few images before anything is trained
+        split_training(train, self.config.holdout)
+        self.affinities, self.provenance = options.affinity.build(classifier, self.probe)
         self._transfer: Tensor | None = None
         self._before: tuple[LayerResult, float] | None = None
 
@@ -223,14 +240,8 @@ class _Job:
         checkpoint = self._checkpoint(arm, seed, mark)
         saved = checkpoint.load()
         self.run.trim_history(seed, 0 if saved is None else int(saved[1]["step"]), arm=arm + mark)
-        return harden(
-            self.classifier,
-            self.train,
-            layer=self.layer,
-            arm=arm,
-            config=config,
-            seed=seed,
-            craft_layer=self.plan.craft_layer,
+        arm_of = Hardening(self.classifier, self.train, self.layer, arm, config, seed, self.plan.craft_layer)
+        return arm_of.run(
             fabric=self.fabric,
             checkpoint=checkpoint,
             log=lambda line: self.run.log({**line, "arm": arm + mark}),
@@ -264,7 +275,7 @@ class _Job:
     def _checkpoint(self, arm: str, seed: int, mark: str = "") -> FileCheckpoint:
         return FileCheckpoint(self.run.path / f"harden-{arm}{mark}-seed{seed}.checkpoint.safetensors")
 
-    # -- judging --------------------------------------------------------------------------------------------------
+    # -- evaluating -----------------------------------------------------------------------------------------------
 
     def _pixels(self, arm: str, seed: int) -> PixelClassifier:
         net = copy.deepcopy(self.classifier.net).to(memory_format=torch.channels_last)
@@ -299,29 +310,36 @@ class _Job:
         made = attack_probe(pixels, self.probe, choice, seed=seed)
         assert made is not None
         results, _ = measure_layers(
-            pixels, self.probe, [self.layer], self.affinities, adversarial=made, k=self.plan.k, null_draws=0, seed=seed
+            pixels,
+            self.probe,
+            [self.layer],
+            self.affinities,
+            adversarial=made,
+            options=UnitOptions(k=self.plan.k, null_draws=0, seed=seed),
         )
         return results[self.layer], float(made.found.success.float().mean())
 
-    def judge(self, arm: str, seed: int = 0) -> None:
+    def evaluate(self, arm: str, seed: int = 0) -> None:
         """Attacks a network and scores its channels, unless that is done already."""
         name = "original" if arm == "original" else f"{arm}-seed{seed}"
         path = self.run.path / f"judged-{name}.json"
         if path.exists():
             return
         pixels = self._pixels(arm, seed)
-        x, y = self.attacked.pixels().to(self.fabric.device), self.attacked.labels.to(self.fabric.device)
+        images = Attacked(
+            self.attacked.pixels().to(self.fabric.device),
+            self.attacked.labels.to(self.fabric.device),
+            self.attacked.ids,
+            self.attacked.net_classes.tolist(),
+            self.transfer(),
+        )
         accuracies = robust_accuracies(
             pixels,
-            x,
-            y,
+            images,
             eps=self.config.eps / 255,
             plan=self.attacks,
             layer=self.layer,
-            classes=self.attacked.net_classes.tolist(),
-            transfer=self.transfer(),
             seed=seed,
-            ids=self.attacked.ids,
             progress=self.progress,
         )
         original, _ = self.before()

@@ -23,8 +23,7 @@ from torch import Tensor
 from netgloss.activations import Store
 from netgloss.activations.layer import split_store
 from netgloss.errors import UserError
-from netgloss.explainers._part_loss import peak_mask
-from netgloss.explainers._part_watch import coinciding_peaks, mean_of_pairs
+from netgloss.explainers.parts import coinciding_peaks, mean_of_pairs, peak_mask
 from netgloss.runs.run import Run, save_figure
 
 if TYPE_CHECKING:

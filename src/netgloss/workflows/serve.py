@@ -21,17 +21,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from netgloss.activations.layer import LayerReader
 from netgloss.errors import UserError
+from netgloss.explanations.heatmaps import ConceptRange
+from netgloss.explanations.images import explain_images
 from netgloss.report import build_report
 from netgloss.report.build import to_json as page_json
 from netgloss.report.pack import pack_map
 from netgloss.runs.files import clean, read_run
 from netgloss.runs.run import Run, to_json
+from netgloss.training.execution import Execution
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from netgloss.classifiers import Tail
     from netgloss.explanations.heatmaps import ConceptRange
 
 MAX_BYTES = 20_000_000
@@ -59,20 +62,16 @@ class UploadExplainer:
     UserError : the classifier cannot be loaded, or the method's concepts do not lead to logits.
     """
 
-    def __init__(self, run: Run, *, device: str = "auto") -> None:
-        from netgloss.training.fit import pick_device
-        from netgloss.workflows.evaluate import make_tail
-
+    def __init__(self, run: Run, *, device: str | Execution = "auto") -> None:
         self.run = run
         self.explainer = run.explainer
         if self.explainer.target == "image":
             raise UserError(f"{run.method} rebuilds images, not logits: netgloss show explains single images with it")
-        self.classifier = run.classifier().to(pick_device(device))
+        classifier = run.network or run.classifier()
+        self.classifier = classifier.to(Execution.of(device).torch_device)
         self.explainer.to(self.classifier.device)
-        self.tail = make_tail(self.classifier, run.layer, None)
-        self.above = list(self.explainer.spec.upper)[-1] if self.explainer.target == "upper" else None
-        self.above_tail = make_tail(self.classifier, self.above, None) if self.above else None
-        self.affine = self.tail.mode == "graph" and bool(run.manifest.get("tail", {}).get("affine"))
+        self.reader = LayerReader(self.classifier, run.layer, self.explainer)
+        self.affine = self.reader.tail.mode == "graph" and bool(run.manifest.get("tail", {}).get("affine"))
         self.ranges = _ranges(read_run(run.path).concepts["concepts"])
         self._one_at_a_time = threading.Lock()
 
@@ -94,79 +93,37 @@ class UploadExplainer:
             return self._explain(self.classifier.preprocessing.pixels(image))
 
     def _explain(self, shown: Tensor) -> dict[str, Any]:
-        import torch
         from torchvision.transforms.v2.functional import to_pil_image
 
-        from netgloss.activations.layer import LayerBatch, spread_tail
-        from netgloss.classifiers import Taps
-        from netgloss.explanations import describe_image
-        from netgloss.explanations.examples import explain_images
-        from netgloss.explanations.heatmaps import concept_heatmaps
-
-        explainer, classifier = self.explainer, self.classifier
-        pixels = classifier.preprocessing.normalise(shown)[None].to(classifier.device)
-        with torch.no_grad(), Taps(classifier.net, [self.run.layer], stop=False) as taps:
-            activation, logits = taps(pixels)[self.run.layer], taps.logits
-        if not (activation.isfinite().all() and logits.isfinite().all()):
-            raise UserError("the network answers with NaN or Inf for this picture")
-        tail = self._way_on(pixels)
-        told = explainer.explained_classes
-        choice = logits if told is None else logits[:, told]
-        best = choice.argmax(dim=1)
-        classes = best if told is None else torch.tensor(told, device=logits.device)[best]
+        batch = self.reader.batch(self.classifier.preprocessing.normalise(shown)[None])
         picture = shown.permute(1, 2, 0).clamp(0, 1).numpy()
-        figure, numbers = describe_image(
-            explainer, activation, logits, tail, picture, classifier.class_names, top=_DRIVERS
-        )
-        pooled = explainer.reads == "pooled" and activation.ndim == 4
-        with torch.no_grad():
-            heat = explainer.encode(activation)[0]
-        if pooled:
-            heat = concept_heatmaps(explainer.encode, activation, range(explainer.num_concepts))[0]
-            tail, activation = spread_tail(tail, tuple(activation.shape[2:])), activation.mean(dim=(2, 3))
-        unknown = torch.full((1,), -1)
-        batch = LayerBatch(torch.zeros(1, dtype=torch.long), activation, logits, unknown, tail)
-        (why,) = explain_images(
-            explainer,
+        (explanation,) = explain_images(
+            self.explainer,
             batch,
-            [heat.float().cpu().numpy()],
-            self.ranges,
-            classifier.class_names,
+            self.classifier.class_names,
             drivers=_DRIVERS,
             affine=self.affine,
-            classes=classes,
+            pictures=[picture],
         )
-        for driver in why["drivers"]:
+        record = explanation.record(self.ranges)
+        for driver in record["drivers"]:
             driver["map"] = driver["map"] and pack_map(driver["map"])
         small = to_pil_image(shown.clamp(0, 1)).convert("RGB")
         small.thumbnail((_SIDE, _SIDE))
-        record = {
+        page = {
             "label": None,
-            "prediction": numbers["prediction"],
-            "probability": numbers["probability"],
+            "prediction": explanation.prediction,
+            "probability": explanation.probability,
             "split": None,
             "size": list(small.size),
-            "explained": why,
+            "explained": record,
         }
         return {
-            "image": clean(record),
+            "image": clean(page),
             "picture": _png(lambda out: small.save(out, "PNG")),
-            "figure": _png(lambda out: figure.savefig(out, format="png", dpi=130)),
-            "numbers": base64.b64encode(to_json(numbers).encode()).decode(),
+            "figure": _png(lambda out: explanation.figure().savefig(out, format="png", dpi=130)),
+            "numbers": base64.b64encode(to_json(explanation.numbers()).encode()).decode(),
         }
-
-    def _way_on(self, pixels: Tensor) -> Callable[[Any], Tensor]:
-        """What leads from the layer, or from the layers above that were rebuilt, to the logits of these pixels."""
-        from netgloss.activations.layer import either_tail
-
-        def bound(tail: Tail) -> Callable[[Tensor], Tensor]:
-            if tail.mode == "graph":
-                return tail
-            return lambda activation: tail(activation, images=pixels.repeat(len(activation), 1, 1, 1))
-
-        if self.above is None or self.above_tail is None:
-            return bound(self.tail)
-        return either_tail(bound(self.tail), bound(self.above_tail), self.above)
 
 
 def _png(write: Callable[[io.BytesIO], Any]) -> str:

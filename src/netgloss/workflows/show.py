@@ -2,101 +2,100 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from netgloss.activations import image_batches
-from netgloss.activations.layer import either_tail, make_tail, tail_for
+from netgloss.activations.layer import LayerReader
+from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
-from netgloss.explainers.base import Explainer
-from netgloss.explanations import describe_image
+from netgloss.evaluation.decoded import DecodedImage, Pictures, decode_images
+from netgloss.explainers.cladec import ClaDec
 from netgloss.explanations.excitation import Heat, chosen_heat
+from netgloss.explanations.images import ImageExplanation, explain_images
 from netgloss.runs.run import Run, save_figure
-from netgloss.training.fit import pick_device
+from netgloss.training.execution import Execution
 
 if TYPE_CHECKING:
-    from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
 
 
 def show(
-    run: Run,
+    run: Run | str | Path,
     images: ImageSource | str | Path,
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     top: int = 5,
     heat: Heat = "gradient",
-    device: str = "auto",
-) -> list[Path]:
-    """Explains new images with a saved run: for each a figure (PNG) and its numbers (JSON); returns the files.
+    device: str | Execution = "auto",
+) -> list[ImageExplanation] | list[DecodedImage]:
+    """Explains new images with a saved run.
 
     The logit of the prediction is split into base + contributions + gap (see
     :mod:`netgloss.metrics.faithfulness.importance`). The map of each of the ``top`` concepts is drawn over the picture
-    that the network saw; ``heat`` chooses how maps of methods on pooled layers are made (see
-    :mod:`netgloss.explanations.excitation`).
-    """
-    from netgloss.classifiers import Taps
-    from netgloss.data import ImageSource, open_images
+    that the network saw; for methods that decode into images the decoded image stands next to the original.
 
+    Parameters
+    ----------
+    images : a source, or what ``netgloss.open_images`` takes.
+    out : folder for a figure (PNG) and the numbers (JSON) of each image; None writes nothing.
+    heat : how maps of methods on pooled layers are made (see :mod:`netgloss.explanations.excitation`).
+
+    Returns
+    -------
+    One explanation per image, each with ``numbers()``, ``figure()`` and ``files``. An image that cannot be read is
+    reported and left out.
+
+    Raises
+    ------
+    UserError : no image could be explained, or the run's files or network are missing.
+    """
     if top < 1:
         raise UserError(f"top must be at least 1, got {top}")
-    source = images if isinstance(images, ImageSource) else open_images(images)
-    classifier = run.classifier().to(pick_device(device))
+    execution = Execution.of(device)
+    run = run if isinstance(run, Run) else Run(run)
+    source = open_sources(images)
+    classifier = (run.network or run.classifier()).to(execution.torch_device)
     explainer = run.explainer.to(classifier.device)
-    tail = make_tail(classifier, run.layer, source)
-    above = list(explainer.spec.upper) if explainer.target == "upper" else []
-    above_tail = make_tail(classifier, above[-1], source) if above else None
-    written = []
+    reader = LayerReader(classifier, run.layer, explainer, source)
+    if explainer.target == "image" and not isinstance(explainer, ClaDec):
+        raise UserError(f"{run.method} decodes into images in a way that show does not know")
+    pictures = Pictures.of(explainer, classifier, source) if isinstance(explainer, ClaDec) else None
+    shown: list[Any] = []
+    reasons = []
     for index, name in enumerate(source.ids):
         pixels, (reason,) = next(image_batches(classifier, source, [index], workers=0))
         if reason:
-            raise UserError(reason)
-        pixels = pixels.to(classifier.device)
-        with torch.no_grad(), Taps(classifier.net, [run.layer], stop=False) as taps:
-            activation = taps(pixels)[run.layer]
-            logits = taps.logits
-        picture = classifier.preprocessing.pixels(source.image(index)).permute(1, 2, 0).clamp(0, 1).numpy()
-        if explainer.target == "image":
-            figure, numbers = _show_decoded(run, explainer, activation, logits, classifier, source, index)
+            reasons.append(reason)
+            execution.shown.say(f"left out: {reason}")
+            continue
+        batch = reader.batch(pixels)
+        one: ImageExplanation | DecodedImage
+        if isinstance(explainer, ClaDec):
+            assert pictures is not None
+            image = pictures.read(np.array([index]))
+            (one,) = decode_images(explainer, batch, image, pictures, classifier.class_names, seed=run.seeds[0])
         else:
-            way_on = tail_for(tail, classifier, source, np.array([index]))
-            if above_tail is not None:
-                way_on = either_tail(way_on, tail_for(above_tail, classifier, source, np.array([index])), above[-1])
-            figure, numbers = describe_image(
+            picture = classifier.preprocessing.pixels(source.image(index)).permute(1, 2, 0).clamp(0, 1).numpy()
+            maps = batch.activation if batch.maps is None else batch.maps
+            (one,) = explain_images(
                 explainer,
-                activation,
-                logits,
-                way_on,
-                picture,
+                batch,
                 classifier.class_names,
-                top=top,
-                heat=chosen_heat(heat, explainer, classifier, run.layer, pixels, activation),
+                heat=chosen_heat(heat, explainer, classifier, run.layer, pixels.to(classifier.device), maps),
+                drivers=top,
+                pictures=[picture],
             )
-        stem = Path(name).stem or "image"
-        written += save_figure(
-            Path(out), f"{index:04d}-{stem}" if len(source) > 1 else stem, figure, {"image": name, **numbers}
-        )
-    return written
-
-
-def _show_decoded(
-    run: Run,
-    explainer: Explainer,
-    activation: torch.Tensor,
-    logits: torch.Tensor,
-    classifier: Classifier,
-    source: ImageSource,
-    index: int,
-) -> tuple[Any, dict[str, Any]]:
-    """The triple of one image, for explainers that decode into images."""
-    from netgloss.evaluation.decoded import Pictures, describe_decoded
-    from netgloss.explainers.cladec import ClaDec
-
-    if not isinstance(explainer, ClaDec):
-        raise UserError(f"{run.method} decodes into images in a way that show does not know")
-    pictures = Pictures.of(explainer, classifier, source)
-    image = pictures.read(np.array([index]))
-    return describe_decoded(explainer, activation, logits, image, pictures, classifier.class_names, seed=run.seeds[0])
+        one = dataclasses.replace(one, image=name)
+        if out is not None:
+            stem = Path(name).stem or "image"
+            stem = f"{index:04d}-{stem}" if len(source) > 1 else stem
+            files = save_figure(Path(out), stem, one.figure(), {"image": name, **one.numbers()})
+            one = dataclasses.replace(one, files=tuple(files))
+        shown.append(one)
+    if not shown:
+        raise UserError(reasons[0] if reasons else f"{source.description} holds no images")
+    return shown

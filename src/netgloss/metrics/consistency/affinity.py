@@ -118,11 +118,6 @@ def class_affinity(
     return affinity, provenance
 
 
-def least_eigenvalue(affinity: Matrix) -> float:
-    """Below 0, ``p^T A q`` is no inner product and a normalised cross-consistency may exceed 1 (gauss on ImageNet)."""
-    return float(np.linalg.eigvalsh(affinity)[0])
-
-
 def _from_tree(
     tree: Taxonomy, classes: Sequence[str], nodes: Sequence[str | None], kernel: str, unmapped: Unmapped
 ) -> tuple[Matrix, list[str]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.metrics.consistency.taxonomy import Taxonomy
-from netgloss.metrics.consistency.units import UnitScores, affinity_form, band_weights, calibrate, consistency
+from netgloss.metrics.consistency.units import UnitScores, affinity_form, band_weights, calibrate, unit_consistency
 
 DEPTHS: dict[str, tuple[float, float]] = {
     "top 0.1 %": (0.0, 0.001),
@@ -108,7 +108,8 @@ def half_reliability(
     """Spearman correlation of consis_cal over units between two halves of the images, with k/2 images each."""
     first = torch.from_numpy(_halves(labels, None, seed=seed))
     halves = [
-        consistency(values[half], labels[half], affinity, k=max(2, k // 2), null_draws=0) for half in (first, ~first)
+        unit_consistency(values[half], labels[half], affinity, k=max(2, k // 2), null_draws=0)
+        for half in (first, ~first)
     ]
     live = halves[0].live & halves[1].live
     return _spearman(halves[0].calibrated[live], halves[1].calibrated[live])

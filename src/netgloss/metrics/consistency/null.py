@@ -5,8 +5,6 @@ Shape letters: D draws, G sources, U units, C classes, N images of R, M images o
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -60,12 +58,6 @@ def benjamini_hochberg(p_values: Tensor, *, level: float = 0.05) -> Tensor:
     if tested.any():
         found[tested] = torch.from_numpy(false_discovery_control(p_values[tested].numpy()) <= level)
     return found
-
-
-def cosine_chance(num_classes: int, k_real: int, k_adversarial: int) -> float:
-    """Expected cosine of the class vectors of two random top sets, for equally large classes (approximation)."""
-    more = num_classes - 1
-    return 1 / math.sqrt((1 + more / k_real) * (1 + more / k_adversarial))
 
 
 def simulated_cosine_chance(

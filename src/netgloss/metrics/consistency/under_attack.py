@@ -24,7 +24,7 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.metrics.consistency.null import simulated_cosine_chance
-from netgloss.metrics.consistency.units import UnitScores, affinity_form, consistency, top_set_size, top_sets
+from netgloss.metrics.consistency.units import UnitScores, affinity_form, top_set_size, top_sets, unit_consistency
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def compare(
     true = labels[sources]
     both = torch.cat([labels, true]), torch.cat([torch.arange(len(real)), sources])
     options: dict[str, Any] = {"null_draws": null_draws, "seed": seed}
-    on_r = consistency(real, labels, affinity, k=k, **options)
-    on_v = consistency(adversarial, true, affinity, sources=sources, k=k_v, **options)
-    on_both = consistency(torch.cat([real, adversarial]), both[0], affinity, sources=both[1], k=k_u, **options)
+    on_r = unit_consistency(real, labels, affinity, k=k, **options)
+    on_v = unit_consistency(adversarial, true, affinity, sources=sources, k=k_v, **options)
+    on_both = unit_consistency(torch.cat([real, adversarial]), both[0], affinity, sources=both[1], k=k_u, **options)
     fair = on_r.live & on_v.live
     p_r, p_v = on_r.classes, on_v.classes
     q_r, q_v = (_shares(of, len(affinity)) for of in (labels, true))

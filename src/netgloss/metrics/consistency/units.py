@@ -262,7 +262,7 @@ class UnitScores:
         }
 
 
-def consistency(
+def unit_consistency(
     values: Tensor,
     labels: Tensor,
     affinity: Tensor | np.ndarray,

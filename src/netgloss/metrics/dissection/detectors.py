@@ -23,12 +23,10 @@ Shape letters: B images, I concepts, h w their map, P pixels of the mask grid, L
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -289,12 +287,3 @@ def sum_of_best(values: Tensor, labels: Tensor) -> float:
     best = torch.full((int(labels.max()) + 1,), -torch.inf, dtype=values.dtype)
     best = best.scatter_reduce(0, labels[known], values[known], "amax")
     return float(best[best > -torch.inf].sum())
-
-
-def basis_interpretability(phi: Tensor, labels: Tensor, xi: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
-    """``N(xi)`` and ``U(xi)``: detectors with phi >= xi, and distinct labels among them, for each xi."""
-    passed = phi[None, :] >= torch.as_tensor(xi, dtype=phi.dtype)[:, None]
-    passed &= (labels >= 0)[None, :]
-    one_hot = F.one_hot(labels.clamp_min(0)).bool()
-    unique = (passed[:, :, None] & one_hot[None]).any(1)
-    return passed.sum(1), unique.sum(1)

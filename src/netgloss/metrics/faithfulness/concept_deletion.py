@@ -26,9 +26,8 @@ Shape letters: B images, K concepts, T points of a curve, J classes asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer
-from netgloss.metrics.base import Bounds, ImageMetric, Score, interval
+from netgloss.metrics.base import Bounds, ImageMetric
 from netgloss.metrics.faithfulness.importance import Contributions, explain_class
 from netgloss.metrics.faithfulness.masking import Of, Predict, Value, class_value, linear_value, through
 
@@ -296,37 +295,3 @@ class ConceptDeletion:
 
 
 _REVERSED = {"c_deletion": "c_insertion", "c_insertion": "c_deletion"}
-
-
-def deletion_scores(runs: Sequence[ConceptDeletion]) -> list[Score]:
-    """The records of the first ranking, from one :class:`ConceptDeletion` a seed, filled over the same images."""
-    judged, *others = runs[0].rankings
-    scores = []
-    for quantity, meaning in QUANTITIES.items():
-        if (quantity, judged) not in runs[0].areas:
-            continue
-        metrics = [run.areas[quantity, judged] for run in runs]
-        values = torch.stack([metric.compute() for metric in metrics])
-        low, high = interval(values, torch.stack([m.replicates() for m in metrics]), bounds=meaning.bounds)
-        beside: dict[str, float | None] = {}
-        if quantity != "c_carried":  # the same for all rankings
-            beside = {n: fmean(run.value(quantity, n) for run in runs) for n in others}
-        if quantity in _REVERSED:
-            beside["random_ranking"] = fmean(run.value(quantity, "random") for run in runs)
-            beside["reversed_ranking"] = fmean(run.value(_REVERSED[quantity], judged) for run in runs)
-        elif quantity == "c_gain":
-            beside |= {"random_ranking": 0.0, "reversed_ranking": -float(values.mean())}
-        scores.append(
-            Score(
-                metric=f"{quantity}_{runs[0].of}" if quantity.startswith("c_") else quantity,
-                value=float(values.mean()),
-                low=low,
-                high=high,
-                baselines=beside,
-                n=metrics[0].num_images,
-                seeds=len(runs),
-                higher_is_better=meaning.higher_is_better,
-                definition=meaning.definition,
-            )
-        )
-    return scores

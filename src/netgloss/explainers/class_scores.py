@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netgloss.errors import UserError
-from netgloss.explainers._rows import RowsExplainer
-from netgloss.explainers._srae_config import class_place, find_class
+from netgloss.errors import UserError, nearest
 from netgloss.explainers.base import Batch, ExplainerConfig, LayerSpec, Rows
+from netgloss.explainers.rows import RowsExplainer
 
 _MAX_CLASSES = 10
 
@@ -161,3 +160,33 @@ def decisions(batch: Batch) -> Tensor:
     assert batch.logits is not None
     predicted = batch.logits.argmax(dim=1)
     return predicted if batch.labels is None else torch.where(batch.labels >= 0, batch.labels, predicted)
+
+
+def class_name(text: str) -> str:
+    """The name of ``"index: name"``, up to its first comma."""
+    return text.partition(":")[2].strip().split(",")[0] or f"class {text.strip()}"
+
+
+def class_place(text: str, num_classes: int) -> int:
+    """The class index of ``"index: name"`` or ``"index"``."""
+    number = text.partition(":")[0].strip()
+    if not number.isdecimal() or int(number) >= num_classes:
+        raise UserError(f"class {text!r} is not an index below {num_classes} (or 'index: name')")
+    return int(number)
+
+
+def find_class(text: str, class_names: Sequence[str], wnids: Sequence[str]) -> int:
+    """The class that a user's text means: an index, a WordNet id, a name, or a name up to its first comma."""
+    number = text.partition(":")[0].strip()
+    if number.isdecimal():
+        return class_place(text, len(class_names))
+    wanted = text.strip().lower()
+    short = [name.split(",")[0].strip().lower() for name in class_names]
+    for table in (list(wnids), [name.lower() for name in class_names], short):
+        places = [i for i, name in enumerate(table) if name == wanted]
+        if len(places) > 1:
+            raise UserError(f"class {text!r} is ambiguous: say the index, {' or '.join(map(str, places))}")
+        if places:
+            return places[0]
+    hint = nearest(wanted, short) or short[:5]
+    raise UserError(f"the classifier has no class {text!r}; did you mean {', '.join(hint)}?")

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from image_attributes import edge_magnitude
 from netgloss.errors import UserError
-from netgloss.metrics.attributes import edge_magnitude
 from netgloss.metrics.base import check_same_shape
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)

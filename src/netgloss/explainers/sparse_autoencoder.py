@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from netgloss.errors import UserError
-from netgloss.explainers._rows import RowsExplainer, feature_moments
 from netgloss.explainers.base import LayerSpec, Rows, TrainingConfig
+from netgloss.explainers.rows import RowsExplainer, feature_moments
 
 
 class SparseAutoencoder(RowsExplainer):

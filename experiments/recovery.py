@@ -1,4 +1,4 @@
-"""Whether a method found what was planted (``netgloss.data.planted``): directions, places and strengths.
+"""Whether a method found what was planted (``planted.py``): directions, places and strengths.
 
 Planted concepts have no common order with found ones: each is matched to one of them so that the total similarity is
 largest (Hungarian algorithm), by cosine of directions, or by correlation of codes for methods without a dictionary. Of
