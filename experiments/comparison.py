@@ -133,7 +133,7 @@ def run(cell: str, work: Path, methods: str) -> None:
 
 
 def write(work: Path) -> None:
-    from netgloss.report.comparison import Comparison
+    from netgloss.runs.comparison import Comparison
 
     there = [cell for cell in cells() if (work / cell / "comparison.json").exists()]
     found = {cell: Comparison.load(work / cell) for cell in there}

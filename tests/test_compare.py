@@ -21,7 +21,8 @@ from netgloss.evaluation.faithful import FaithfulnessOptions
 from netgloss.evaluation.paired import Difference, Measured, difference
 from netgloss.evaluation.scores import _dictionary_verdict, _mark
 from netgloss.metrics.base import ImageMetric, Score
-from netgloss.report.comparison import Comparison
+from netgloss.report.comparison import comparison_page
+from netgloss.runs.comparison import Comparison
 from netgloss.workflows.capture import store_info
 from netgloss.workflows.compare import compare
 from netgloss.workflows.fit import fit
@@ -221,7 +222,7 @@ def test_random_directions_are_not_distinguishable_from_random(swept: tuple[Path
 
 def test_differences_are_antisymmetric_and_add_up(swept: tuple[Path, Comparison]) -> None:
     _, found = swept
-    pairs = found._pairs("r2")
+    pairs = found.pairs("r2")
     one, back = pairs["pca", "first_features"], pairs["first_features", "pca"]
     assert (one["value"], one["low"]) == (-back["value"], -back["high"])
     assert (one["verdict"], back["verdict"]) == ("better", "worse")
@@ -285,7 +286,7 @@ def test_files(swept: tuple[Path, Comparison]) -> None:
     assert float(row["value"]) == found.score("pca", "r2")["value"]  # type: ignore[index]
     assert row["mark"] == "beats random"
     assert float(row["baseline random_directions"]) < float(row["low"])
-    page = found.to_html()
+    page = comparison_page(found)
     assert "default-src 'none'" in page
     assert not re.search(r"(src|href)=[\"'](?!#)", page)
     assert "<script" not in page
@@ -300,7 +301,7 @@ def test_names_are_escaped(swept: tuple[Path, Comparison]) -> None:
     record["methods"][0]["name"] = evil
     for part in ("scores", "verdicts"):
         record[part][evil] = record[part].pop("pca")
-    page = Comparison(record).to_html()
+    page = comparison_page(Comparison(record))
     assert "<img" not in page
     record["methods"][0]["name"] = "=1+1"
     record["scores"]["=1+1"] = record["scores"].pop(evil)

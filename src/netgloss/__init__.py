@@ -22,7 +22,7 @@ _HOME = {
     "CaptureOptions": "activations",
     "Classifier": "classifiers",
     "CompareOptions": "workflows.compare",
-    "Comparison": "report.comparison",
+    "Comparison": "runs.comparison",
     "ConsistencyOptions": "workflows.consistency",
     "Critters": "data.critters",
     "CrittersConfig": "data.critters",

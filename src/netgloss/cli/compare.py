@@ -14,7 +14,7 @@ from netgloss.cli.terminal import console, execution
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
-    from netgloss.report.comparison import Comparison
+    from netgloss.runs.comparison import Comparison
 
 _SHOWN = (
     "r2",
@@ -168,7 +168,7 @@ def _print(found: Comparison) -> None:
     from rich.table import Table
 
     from netgloss.figures.style import number
-    from netgloss.report.comparison import SYMBOLS
+    from netgloss.runs.comparison import SYMBOLS
 
     out = console()
     shown = [name for name in _SHOWN if name in found.metrics]

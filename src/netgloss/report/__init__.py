@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from netgloss.report.build import build_report
-from netgloss.report.write import write_report
+from netgloss.report.write import write_comparison, write_report
 
-__all__ = ["build_report", "write_report"]
+__all__ = ["build_report", "write_comparison", "write_report"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from netgloss import figures
 from netgloss.errors import UserError
-from netgloss.report.build import FILTERS, _hash, _template
+from netgloss.report.environment import render
 from netgloss.runs import verdicts
 from netgloss.runs.files import inside
 from netgloss.runs.run import read_history, read_json
@@ -37,25 +37,16 @@ def build_adversarial_report(run_folder: Path) -> str:
         raise UserError(f"the run in {str(folder)!r} is not finished (no result.json); run its command again to go on")
     run, result = read_json(folder / "run.json"), read_json(folder / "result.json")
     scores = read_json(folder / "scores.json") if (folder / "scores.json").exists() else []
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("netgloss.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters.update(FILTERS)
-    style = _template("report.css") + _template("adversarial.css")
     try:
         page = (
             _consistency_page(folder, result) if run["method"] == "consistency" else _harden_page(folder, run, result)
         )
-        return templates.get_template(f"{run['method']}.html").render(
+        return render(
+            f"{run['method']}.html",
+            styles=("report.css", "adversarial.css"),
             run=run,
             result=result,
             scores=[(score, verdicts.verdict(score)) for score in scores],
-            style=style,
-            style_hash=_hash(style),
             **page,
         )
     except (KeyError, TypeError, IndexError, AttributeError, jinja2.UndefinedError) as error:

@@ -8,36 +8,22 @@ pictures inside the file, nothing else: no request can leave the page even if so
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.resources
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup, escape
 
 from netgloss import figures
 from netgloss.figures.style import HEAT, number
 from netgloss.report import glossary
 from netgloss.report.decoded import pack_figures
+from netgloss.report.environment import render, script_text
 from netgloss.report.pack import decoded_pictures, pack_maps, pack_thumbnails
 from netgloss.runs import verdicts
 from netgloss.runs.files import RunFiles, read_run
 
 BUDGET = 14_400_000
 """Bytes that a report may have (the aim is under 15 MB)."""
-
-FILTERS = {
-    "number": number,
-    "pretty": verdicts.pretty,
-    "percent": verdicts.percent,
-    "plainly": verdicts.plainly,
-    "model_name": verdicts.model_name,
-}
-"""What the templates of all reports call."""
 
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
@@ -55,8 +41,6 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
     ------
     UserError : the folder holds no finished run, or a file in it is truncated or malformed.
     """
-    import jinja2
-
     files = read_run(Path(run_folder))
     coarsened = pack_maps(files.concepts)
     charts = _score_charts(files)
@@ -68,18 +52,11 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
     pictures = data["pictures"] = decoded_pictures(files.concepts["concepts"])
     thumbnails, missing = pack_thumbnails(files.folder, [*files.concepts["images"], *pictures], BUDGET - fixed)
 
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("netgloss.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters.update(FILTERS)
-    templates.filters["marked"] = _marked
-    style, script = _template("report.css"), _script(served)
     scores = [(s, verdicts.verdict(s), chart) for s, chart in zip(files.scores or [], charts, strict=True)]
-    return templates.get_template("report.html").render(
+    return render(
+        "report.html",
+        styles=("report.css",),
+        script=script_text(served=served),
         run=files.run,
         concepts=files.concepts,
         headlines=[(s, verdicts.verdict(s)) for s in verdicts.headline_scores(files.scores or [])],
@@ -93,10 +70,6 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
         missing=missing,
         method=glossary.method_text(files.run["method"]),
         served=served,
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
         data=to_json(data),
         thumbnails="\n".join(thumbnails),
     )
@@ -161,24 +134,3 @@ def _history_chart(files: RunFiles) -> str:
         return ""
     figure = figures.history_curves(files.history)
     return figures.to_svg(figure, prefix="history-", description="Training curves: each loss term over the steps")
-
-
-def _marked(text: str) -> Markup:
-    """A docstring's paragraph, escaped, with ``code`` set as code."""
-    return Markup(re.sub(r"``(.+?)``", r"<code>\1</code>", str(escape(text))))
-
-
-def _template(name: str) -> str:
-    return importlib.resources.files("netgloss.report").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _script(served: bool) -> str:
-    """The page's script: the files of ``templates/script`` in the order of their names, in one closed scope."""
-    folder = importlib.resources.files("netgloss.report").joinpath("templates", "script")
-    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".js"))
-    parts = [_template(f"script/{name}") for name in names if served or "served" not in name]
-    return "\n".join(['"use strict";', "(() => {", *parts, "})();\n"])
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

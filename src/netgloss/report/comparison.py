@@ -1,193 +1,63 @@
-"""The comparison as files: JSON with everything, CSV with one line a score, and one HTML page that works offline."""
+"""The page of a comparison: no script, nothing from elsewhere, every text escaped."""
 
 from __future__ import annotations
 
-import base64
-import csv
-import hashlib
-import importlib.resources
-import io
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from netgloss.errors import UserError
-from netgloss.figures.comparison import told
-from netgloss.runs.run import read_json, to_json, write_atomically
+from netgloss import figures
+from netgloss.figures.comparison import front, method_dots
+from netgloss.report.environment import render
+from netgloss.runs.comparison import SYMBOLS, Comparison
 
 FRONTS = (("l0", "r2"), ("l0", "agreement"), ("l0_share", "r2"))
 """Pairs of scores that are drawn against each other."""
-SYMBOLS = {
-    "beats random": "",
-    "differs from random": "",
-    "not distinguishable from random": "≈",
-    "worse than random": "↓",
-    "": "",
-}
 
 
-class Comparison:
-    """A finished comparison.
-
-    Attributes
-    ----------
-    record : everything, as ``comparison.json`` holds it: ``methods``, ``metrics``, ``scores`` and ``verdicts`` by
-        method and metric, ``differences`` by metric.
-    """
-
-    def __init__(self, record: Mapping[str, Any]) -> None:
-        self.record = json.loads(to_json(record))
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Comparison:
-        """One that was written before.
-
-        Raises
-        ------
-        UserError : the folder holds none.
-        """
-        record = read_json(Path(folder) / "comparison.json")
-        if not isinstance(record, dict) or record.get("format_version") != 1 or "scores" not in record:
-            raise UserError(f"{folder} holds no comparison of format 1")
-        return cls(record)
-
-    @property
-    def methods(self) -> list[str]:
-        """Rows that were measured, in order."""
-        return [m["name"] for m in self.record["methods"] if not m["reason"]]
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """Rows that were not, and why."""
-        return {m["name"]: m["reason"] for m in self.record["methods"] if m["reason"]}
-
-    @property
-    def metrics(self) -> list[str]:
-        return [m["name"] for m in self.record["metrics"]]
-
-    def score(self, method: str, metric: str) -> dict[str, Any] | None:
-        """A score record, or None where the method has none."""
-        return self.record["scores"].get(method, {}).get(metric)
-
-    def mark(self, method: str, metric: str) -> str:
-        """The verdict against random of a score, "" where there is none."""
-        return self.record["verdicts"].get(method, {}).get(metric, {}).get("mark", "")
-
-    def cell(self, method: str, metric: str) -> str:
-        """``value (low .. high)`` with ``≈`` for "not distinguishable from random" and ``↓`` for worse."""
-        return f"{told(self.score(method, metric))} {SYMBOLS[self.mark(method, metric)]}".rstrip()
-
-    def write(self, folder: str | Path) -> Comparison:
-        """comparison.json, .csv and .html in ``folder``."""
-        folder = Path(folder)
-        write_atomically(folder / "comparison.json", to_json(self.record))
-        write_atomically(folder / "comparison.csv", self.to_csv())
-        write_atomically(folder / "comparison.html", self.to_html())
-        return self
-
-    def to_csv(self) -> str:
-        """One line a method and metric, with its baselines in columns of their own."""
-        scores = [(name, self.score(name, metric)) for name in self.methods for metric in self.metrics]
-        given = [(name, score) for name, score in scores if score is not None]
-        baselines = list(dict.fromkeys(b for _, score in given for b in score["baselines"]))
-        fields = ["method", "metric", "value", "low", "high", "n", "seeds", "higher_is_better", "mark"]
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow([*fields, *(f"baseline {name}" for name in baselines)])
-        for name, score in given:
-            own = [
-                name,
-                *(_plain(score[f]) for f in ("metric", "value", "low", "high", "n", "seeds", "higher_is_better")),
-            ]
-            beside = [_plain(score["baselines"].get(b)) for b in baselines]
-            writer.writerow([_harmless(own[0]), *own[1:], self.mark(name, score["metric"]), *beside])
-        return buffer.getvalue()
-
-    def to_html(self) -> str:
-        """The page; no script, nothing from elsewhere, every text escaped."""
-        import jinja2
-
-        templates = jinja2.Environment(
-            loader=jinja2.PackageLoader("netgloss.report", "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        style = importlib.resources.files("netgloss.report").joinpath("templates", "comparison.css").read_text("utf-8")
-        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
-        by_name = {m["name"]: m for m in self.record["methods"]}
-        return templates.get_template("comparison.html").render(
-            comparison=self,
-            record=self.record,
-            by_name=by_name,
-            style=style,
-            style_hash=f"sha256-{digest}",
-            dots={metric: self._dots(metric) for metric in self.metrics},
-            fronts=self._fronts(),
-            pairs={metric: self._pairs(metric) for metric in self.metrics},
-            symbols=SYMBOLS,
-        )
-
-    def _dots(self, metric: str) -> str:
-        from netgloss import figures
-        from netgloss.figures.comparison import method_dots
-
-        names = [name for name in self.methods if self.score(name, metric) is not None]
-        figure = method_dots(names, [self.score(n, metric) for n in names], [self.mark(n, metric) for n in names])
-        shown = "; ".join(f"{name} {self.cell(name, metric)}" for name in names)
-        return figures.to_svg(figure, prefix=f"dots-{metric}-", description=f"{metric}: {shown}")
-
-    def _fronts(self) -> list[tuple[str, str]]:
-        from netgloss import figures
-        from netgloss.figures.comparison import front
-
-        found = []
-        for x, y in FRONTS:
-            points = [
-                {"name": n, "x": self.score(n, x), "y": self.score(n, y), "control": self._kind(n) == "control"}
-                for n in self.methods
-                if self.score(n, x) and self.score(n, y) and self._reads(n) != "pooled"
-            ]
-            if len(points) > 1:
-                better = {m["name"]: m["higher_is_better"] for m in self.record["metrics"]}
-                figure = front(
-                    points,
-                    x_label=f"{x} (lower is sparser)",
-                    y_label=y,
-                    x_higher_is_better=bool(better[x]),
-                    y_higher_is_better=bool(better[y]),
-                    log_x=x == "l0",
-                )
-                title = f"{y} against {x}"
-                found.append((title, figures.to_svg(figure, prefix=f"front-{x}-{y}-", description=title)))
-        return found
-
-    def _kind(self, name: str) -> str:
-        return next(m["kind"] for m in self.record["methods"] if m["name"] == name)
-
-    def _reads(self, name: str) -> str:
-        return next(m["reads"] for m in self.record["methods"] if m["name"] == name)
-
-    def _pairs(self, metric: str) -> dict[tuple[str, str], dict[str, Any]]:
-        """Differences in both directions, by (row, column)."""
-        found = {}
-        for one in self.record["differences"].get(metric, []):
-            found[one["a"], one["b"]] = one
-            back = _OPPOSITE.get(one["verdict"], one["verdict"])
-            low, high = (None if end is None else -end for end in (one["high"], one["low"]))
-            found[one["b"], one["a"]] = {"value": -one["value"], "low": low, "high": high, "verdict": back}
-        return found
+def comparison_page(comparison: Comparison) -> str:
+    """The HTML text of a comparison."""
+    return render(
+        "comparison.html",
+        styles=("comparison.css",),
+        comparison=comparison,
+        record=comparison.record,
+        by_name={m["name"]: m for m in comparison.record["methods"]},
+        dots={metric: _dots(comparison, metric) for metric in comparison.metrics},
+        fronts=_fronts(comparison),
+        pairs={metric: comparison.pairs(metric) for metric in comparison.metrics},
+        symbols=SYMBOLS,
+    )
 
 
-_OPPOSITE = {"better": "worse", "worse": "better", "higher": "lower", "lower": "higher"}
+def _dots(comparison: Comparison, metric: str) -> str:
+    names = [name for name in comparison.methods if comparison.score(name, metric) is not None]
+    figure = method_dots(
+        names, [comparison.score(n, metric) for n in names], [comparison.mark(n, metric) for n in names]
+    )
+    shown = "; ".join(f"{name} {comparison.cell(name, metric)}" for name in names)
+    return figures.to_svg(figure, prefix=f"dots-{metric}-", description=f"{metric}: {shown}")
 
 
-def _plain(value: Any) -> Any:
-    return "" if value is None else value
-
-
-def _harmless(text: str) -> str:
-    """A name that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in "=+-@\t\r" else text
+def _fronts(comparison: Comparison) -> list[tuple[str, str]]:
+    found = []
+    for x, y in FRONTS:
+        points = [
+            {
+                "name": n,
+                "x": comparison.score(n, x),
+                "y": comparison.score(n, y),
+                "control": comparison.kind(n) == "control",
+            }
+            for n in comparison.methods
+            if comparison.score(n, x) and comparison.score(n, y) and comparison.reads(n) != "pooled"
+        ]
+        if len(points) > 1:
+            better = {m["name"]: m["higher_is_better"] for m in comparison.record["metrics"]}
+            figure = front(
+                points,
+                x_label=f"{x} (lower is sparser)",
+                y_label=y,
+                x_higher_is_better=bool(better[x]),
+                y_higher_is_better=bool(better[y]),
+                log_x=x == "l0",
+            )
+            title = f"{y} against {x}"
+            found.append((title, figures.to_svg(figure, prefix=f"front-{x}-{y}-", description=title)))
+    return found

@@ -38,7 +38,8 @@ from netgloss.evaluation.scores import comparison_parts
 from netgloss.evaluation.subjects import Subject
 from netgloss.explainers.base import ExplainerConfig
 from netgloss.explainers.names import explainer_names, find_explainer
-from netgloss.report.comparison import Comparison
+from netgloss.report import write_comparison
+from netgloss.runs.comparison import Comparison
 from netgloss.runs.run import Run, versions
 from netgloss.training.execution import Execution
 from netgloss.training.inputs import upper_layers
@@ -235,7 +236,7 @@ def compare(
     images_of = {question: context.images_of(question) for question in questions}
     record |= comparison_parts(subjects, images_of, f"{options.on_rate:g}")
     record["seconds"] = round(time.perf_counter() - started, 1)
-    return Comparison(record).write(out)
+    return write_comparison(Comparison(record), out)
 
 
 def method_list(methods: str | Sequence[str]) -> list[str]:
