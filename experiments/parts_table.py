@@ -115,7 +115,7 @@ class Judge:
     def decisions(self, explainer: Any) -> dict[str, Any]:
         """Agreement, accuracy and relative errors from both tracks and from each alone; shares; dead maps; p."""
         from netgloss.explainers.parts import peak_counts
-        from netgloss.workflows.parts import way_shares
+        from netgloss.explanations.part_galleries import track_shares
 
         ways = TRACKS if explainer.rest is not None else TRACKS[:1]
         decided: dict[str, list[Tensor]] = {name: [] for name, _ in ways}
@@ -139,7 +139,7 @@ class Judge:
             "dead": int((active == 0).sum()),
             "frozen": int(((active > 1) & (counts.amax(dim=1) > 0.95 * active)).sum()),
             "errors": {layer: float((gap / size).sqrt()) for layer, (gap, size) in errors.items()},
-            "shares": way_shares(explainer, self.store, self.study.layer, self.images[:128]),
+            "shares": track_shares(explainer, self.store, self.study.layer, self.images[:128]),
         }
         for name, parts in decided.items():
             labels = torch.cat(parts)

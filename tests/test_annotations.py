@@ -213,9 +213,9 @@ def test_keypoint_cell() -> None:
 
 
 def test_what_absence_means() -> None:
-    assert ImageAnnotation((1, 1)).tells("head")
-    assert ImageAnnotation((1, 1), annotated={"head"}).tells("head")
-    assert not ImageAnnotation((1, 1), annotated=set()).tells("head")
+    assert ImageAnnotation((1, 1)).covers("head")
+    assert ImageAnnotation((1, 1), annotated={"head"}).covers("head")
+    assert not ImageAnnotation((1, 1), annotated=set()).covers("head")
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
@@ -257,7 +257,7 @@ def test_masks_are_found_by_the_images_name(cars: Path, where: str) -> None:
     assert two is not None
     assert to_grid(one, (1, 1)).keys() == {"wheel"}
     assert to_grid(two, (1, 1)).keys() == {"door"}
-    assert one.tells("door")
+    assert one.covers("door")
     assert source.annotations is not None
     assert source.annotations.labels == ["wheel", "door"]
     assert source.annotations.notes == ["1 of 3 images have no annotation"]
@@ -352,7 +352,7 @@ def test_objects_without_parts_are_unannotated(tmp_path: Path) -> None:
     a, b, c, d = (annotations.for_image(f"{name}.jpg") for name in "abcd")
     assert a is not None
     assert a.boxes == [("lion", 0, 0, 8, 8), ("head", 0, 0, 2, 2)]
-    assert [[x.tells(label) for label in ("head", "legs", "lion")] for x in (a, b, c, d) if x] == [
+    assert [[x.covers(label) for label in ("head", "legs", "lion")] for x in (a, b, c, d) if x] == [
         [True, True, False],  # looked for, and no legs seen
         [False, False, False],  # one of its lions was not looked at
         [True, True, False],
@@ -433,7 +433,7 @@ def test_coco_polygons_boxes_and_keypoints(tmp_path: Path) -> None:
     assert annotation.mask is not None
     assert annotation.mask.tolist() == expected.tolist()
     assert annotation.mask_labels == {1: "cat", 2: "mat"}
-    assert annotation.tells("tail")
+    assert annotation.covers("tail")
 
 
 @settings(max_examples=80, deadline=None)
@@ -458,7 +458,7 @@ def test_crowds_are_not_drawn_and_their_absence_means_nothing(tmp_path: Path) ->
     annotation = open_annotations(write(tmp_path / "c.json", coco(crowd))).for_image("a.jpg")
     assert annotation is not None
     assert annotation.mask is None
-    assert (annotation.tells("cat"), annotation.tells("mat")) == (False, True)
+    assert (annotation.covers("cat"), annotation.covers("mat")) == (False, True)
 
 
 @pytest.mark.parametrize(

@@ -211,12 +211,12 @@ def test_the_error_is_judged_when_the_steps_without_alpha_are_over() -> None:
     explainer.mean_image.copy_(batch.image.mean(0))
     explainer._held = (batch.activation, batch.image, batch)
     explainer._planned.copy_(torch.tensor([5000, 0, 0]))
-    found = explainer._judge(100, 0.0)
+    found = explainer._evaluate(100, 0.0)
     assert found["heldout_R"] > float(reconstruction_error(batch.image, explainer.mean_image[None]))
     with pytest.raises(UserError, match="learned nothing that holds for other images"):
-        explainer._judge(5000, 0.0)
+        explainer._evaluate(5000, 0.0)
     explainer._planned.copy_(torch.tensor([5000, 500, 0]))
-    explainer._judge(5500, 0.5)  # with alpha R may rise
+    explainer._evaluate(5500, 0.5)  # with alpha R may rise
 
 
 # -- units -------------------------------------------------------------------------------------------------------------

@@ -444,13 +444,13 @@ def test_heat_tile_marks_the_threshold() -> None:
     image = np.full((8, 8, 3), 100, np.uint8)
     strength = np.zeros((2, 2), np.float32)
     strength[0, 0] = 2.0
-    tile = figures.heat_tile(image, strength, high=2.0, threshold=1.0)
+    tile = figures.heatmap_tile(image, strength, high=2.0, threshold=1.0)
     assert tile.shape == (96, 96, 3)
     assert (tile == 255).all(-1).any()
     assert np.abs(tile[-1, -1].astype(int) - 100).max() <= 1  # nothing where the unit is silent
-    assert np.array_equal(figures.heat_tile(image, None, high=1.0), np.full((96, 96, 3), 100, np.uint8))
-    assert np.abs(figures.heat_tile(image, -strength, high=1.0).astype(int) - 100).max() <= 1
-    assert figures.heat_tile(image[..., 0], strength, high=2.0).shape == (96, 96, 3)
+    assert np.array_equal(figures.heatmap_tile(image, None, high=1.0), np.full((96, 96, 3), 100, np.uint8))
+    assert np.abs(figures.heatmap_tile(image, -strength, high=1.0).astype(int) - 100).max() <= 1
+    assert figures.heatmap_tile(image[..., 0], strength, high=2.0).shape == (96, 96, 3)
 
 
 def test_command_line(tmp_path: Path) -> None:

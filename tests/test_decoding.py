@@ -21,7 +21,7 @@ from netgloss.figures import (
     difference_map,
 )
 from netgloss.report import write_report
-from netgloss.workflows.decode import show_concepts
+from netgloss.workflows.decode import decode
 from netgloss.workflows.explain import explain
 from pixel_deletion import (
     corrected_relevance,
@@ -285,7 +285,7 @@ def test_concepts_of_another_run_become_visible(tmp_path, monkeypatch: pytest.Mo
     run = explain("pca", classifier, "block5", source, out=tmp_path / "pca", num_concepts=3, **common)
     store, drawn, rows = Store.open(tmp_path / "store"), {}, visible._rows
     monkeypatch.setattr(visible, "_rows", lambda *given: rows(*given, *(drawn.update({given[4]: given[3]}) or ())))
-    show_concepts(run, decoder, store=store, source=source, classifier=classifier)
+    decode(run, decoder, store=store, source=source, classifier=classifier)
     maps = torch.from_numpy(store.read("block5", split_store(store)[1])).float()
     peaks = run.explainer.encode(maps).flatten(2).amax(2)
     for k, shown in drawn.items():
@@ -299,13 +299,13 @@ def test_concepts_of_another_run_become_visible(tmp_path, monkeypatch: pytest.Mo
         assert told["note"]
     write_report(run)
     with pytest.raises(UserError, match="are not the images whose activations"):
-        show_concepts(run, decoder, store=store, source=open_images("critters:50,seed=9"), classifier=classifier)
+        decode(run, decoder, store=store, source=open_images("critters:50,seed=9"), classifier=classifier)
     with pytest.raises(UserError, match="not a decoder"):
-        show_concepts(run, run, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)
+        decode(run, run, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)
     decoder.manifest["layer"] = "block4"
     with pytest.raises(UserError, match="the decoder is of layer 'block4'"):
-        show_concepts(run, decoder, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)
+        decode(run, decoder, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)
     decoder.manifest["layer"] = "block5"
     decoder.manifest["model"]["weights_hash"] = "other"
     with pytest.raises(UserError, match="decodes another network"):
-        show_concepts(run, decoder, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)
+        decode(run, decoder, store=Store.open(tmp_path / "store"), source=source, classifier=classifier)

@@ -23,11 +23,12 @@ from netgloss.explainers.parts import (
     peak_counts,
     watch,
 )
+from netgloss.explanations.part_galleries import strongest_images, track_shares
 from netgloss.runs.run import Run
 from netgloss.runs.saved import load_explainer
 from netgloss.workflows.annotate import annotate
 from netgloss.workflows.explain import explain
-from netgloss.workflows.parts import strongest_images, way_shares, write_galleries
+from netgloss.workflows.parts import parts
 from netgloss.workflows.show import show
 from part_scenes import CHANNELS, SIDE, UPPER, ToyRows, ToySection, fit_toy, locked_share, scenes
 
@@ -339,27 +340,27 @@ def test_annotations_give_location_and_part_scores(run: Run, critters: Classifie
 
 def test_galleries_and_shares(run: Run, tmp_path: Path) -> None:
     source = open_sources("critters:48")
-    picture, record = write_galleries(run, source, tmp_path, filters=3, columns=4, distinct=1)
+    picture, record = parts(run, source, out=tmp_path, filters=3, columns=4, distinct=1)
     numbers = json.loads(record.read_text())
     assert picture.stat().st_size > 5_000
     assert len(numbers["filters"]) == 3
     assert all(1 <= len(entry["images"]) <= 4 for entry in numbers["filters"])
     assert sum(numbers["shares"].values()) == pytest.approx(1.0)
     with pytest.raises(UserError, match="are not the images of the run"):
-        write_galleries(run, open_sources("critters:49"), tmp_path)
+        parts(run, open_sources("critters:49"), out=tmp_path)
     assert 0 < numbers["coincidence"] < 1
     with pytest.raises(UserError, match="filters and columns must be at least 1, got 0 and 10"):
-        write_galleries(run, source, tmp_path, filters=0)
+        parts(run, source, out=tmp_path, filters=0)
     with pytest.raises(UserError, match="distinct is a share of the images"):
-        write_galleries(run, source, tmp_path, distinct=0)
-    _, record = write_galleries(run, source, tmp_path, filters=100, columns=1, distinct=1e-6)
+        parts(run, source, out=tmp_path, distinct=0)
+    _, record = parts(run, source, tmp_path, filters=100, columns=1, distinct=1e-6)
     shown = json.loads(record.read_text())["filters"]
     apart = [entry["filter"] for entry in shown]
     assert len(apart) + len({k for entry in shown for k in entry["alike"]}) <= run.explainer.num_concepts
     assert not {k for entry in shown for k in entry["alike"]} & set(apart)
     store = Store.open(run.manifest["store"])
     explainer = start(ordinary=False)
-    assert way_shares(explainer, store, "block4", store.valid) == {}
+    assert track_shares(explainer, store, "block4", store.valid) == {}
 
 
 def test_coincidence_of_peaks_by_hand() -> None:

@@ -162,7 +162,7 @@ def test_the_same_settings_continue_and_others_are_refused(nmf_run: Run) -> None
 
 
 def test_judging_on_the_images_of_the_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="are judged on other images"):
+    with pytest.raises(UserError, match="are evaluated on other images"):
         open_sources("critters:12", "critters:12")
     assert len(open_sources("critters:12", "critters:12,seed=5")) == 24
 

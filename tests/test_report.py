@@ -122,7 +122,7 @@ def test_the_answers_follow_from_the_numbers(tmp_path: Path) -> None:
     text = " ".join(Page(build_report(make_run(tmp_path / "run"))).text.split())
     assert "Worse than natural axes in kl." in text
     assert "Not distinguishable from natural axes in agreement." in text
-    assert "2 of 4 judged scores beat every baseline." in text
+    assert "2 of 4 scores beat every baseline." in text
     assert "1 concept of 6 never became active." in text
     assert "1 image left out: could not be read." in text
     assert "The fit had not converged after 200 iterations." in text

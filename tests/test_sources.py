@@ -64,7 +64,7 @@ def test_flat_mixed_and_single(pets: Path) -> None:
     save(pets / "loose.png")
     mixed = open_images(pets)
     assert mixed.targets.tolist() == [0, 0, 0, 1, 1, 1, -1]
-    assert mixed.notes == ["1 images lie beside the class folders and have no class"]
+    assert mixed.notes == ["1 images lie next to the class folders and have no class"]
     one = open_images(pets / "loose.png")
     assert (one.ids, one.targets.tolist(), one.image(0).size) == (["loose.png"], [-1], (4, 3))
 

@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend.
+"""The one kind of error that the user can fix.
 
 Everything a user can get wrong (a layer's name, a file, a flag) raises :class:`UserError` with one line that restates
 what was passed and what would have been right. The command line prints that line and exits with 2; any other
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user passed, or a state of their files, told in one line."""
+    """A mistake in what the user passed, or a state of their files, stated in one line."""
 
 
 def one_line(text: object) -> str:

@@ -61,7 +61,7 @@ class MaskedLayer:
     Attributes
     ----------
     images : (n,) indices of the readable images that have an annotation.
-    vocabulary : labels; one category for all, or one a label where some images leave labels unannotated.
+    vocabulary : labels; one category for all, or one per label where some images leave labels unannotated.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MaskedLayer:
             raise UserError(f"layer {layer!r} was captured with --positions; dissection needs whole maps")
         self.store, self.layer, self.grid = store, store.check_layer(layer), grid
         merge = merge or (lambda label: label)
-        annotated, packed, told = [], [], []
+        annotated, packed, complete = [], [], []
         chosen = labels is not None
         if labels is None and source.annotations is not None:
             labels = [m for label in source.annotations.labels if (m := merge(label)) is not None]
@@ -127,10 +127,12 @@ class MaskedLayer:
             for row, (_, k) in zip(fine, raw, strict=True):
                 masks[k] |= row
             packed.append(np.packbits(masks.reshape(-1)))
-            told.append([all(annotation.tells(label) for label in own[name]) for name in names] if partial else [True])
+            complete.append(
+                [all(annotation.covers(label) for label in own[name]) for name in names] if partial else [True]
+            )
         self.images = np.array(annotated)
         self._packed = dict(zip(annotated, packed, strict=True))
-        self._told = dict(zip(annotated, told, strict=True))
+        self._complete = dict(zip(annotated, complete, strict=True))
         all_names = tuple(names)
         self.vocabulary = (
             Vocabulary(all_names, all_names, tuple(range(len(all_names)))) if partial else Vocabulary(all_names)
@@ -142,7 +144,7 @@ class MaskedLayer:
         size = number * self.grid[0] * self.grid[1]
         bits = np.stack([np.unpackbits(self._packed[i], count=size) for i in images.tolist()])
         labels = torch.from_numpy(bits.reshape(-1, number, *self.grid)).bool()
-        return Masks(labels, torch.tensor([self._told[i] for i in images.tolist()]))
+        return Masks(labels, torch.tensor([self._complete[i] for i in images.tolist()]))
 
     def batches(self, images: np.ndarray, *, batch_size: int = 32) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Indices and activations (B, C[, h, w]) of some images."""

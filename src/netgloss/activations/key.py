@@ -1,4 +1,4 @@
-"""What a store is told apart by, what else it remembers, and how large it gets."""
+"""What identifies a store, what else it records, and how large it gets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StoreKey:
     positions: int | None = None
     seed: int = 0
     precision: str = "float32"
-    """Of the forward; told by the address only if it is another, as stores made before it was there have none."""
+    """Of the forward; part of the address only if it is another, as stores made before it was there have none."""
 
     @property
     def address(self) -> str:

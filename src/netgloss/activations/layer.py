@@ -29,7 +29,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a classifier as the evaluation sees it: its activations on disk and the way on to the logits.
+    """A layer of a classifier: its activations on disk and the path to the logits.
 
     With ``pooled``, an activation is the mean (B, C) over the grid, and the tail reads it spread evenly over the grid.
     For an explainer that rebuilds layers above, ``above`` names them and ``above_tail`` is the tail of the last one;
@@ -173,7 +173,7 @@ def split_store(store: Store) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_tail(classifier: Classifier, layer: str, source: ImageSource | None) -> Tail:
-    """The way from ``layer`` to the logits, verified on two images of ``source`` (on noise without one)."""
+    """The path from ``layer`` to the logits, verified on two images of ``source`` (on noise without one)."""
     if source is not None:
         example = next(image_batches(classifier, source, range(min(2, len(source))), workers=0))[0]
     else:

@@ -126,7 +126,7 @@ class Store:
         targets: np.ndarray,
         num_classes: int,
     ) -> Store:
-        """A new, empty store; raises UserError if something is in the way or the disk is too small."""
+        """A new, empty store; raises UserError if something occupies the place or the disk is too small."""
         path = place_of(path)
         if is_taken(path) and not (isinstance(path, str) and _is_unfinished(path)):
             raise UserError(f"{path} exists and is not an activation store of netgloss; choose another --out")

@@ -33,7 +33,7 @@ class AffinityChoice:
     taxonomy: Path | None = None
     """Hierarchy of the class names (JSON or CSV)."""
     wnids: str | None = None
-    """WordNet 3.0 ids: a text file, one a line in the order of the classes or "name TAB wnid"; or cifar10
+    """WordNet 3.0 ids: a text file, one per line in the order of the classes or "name TAB wnid"; or cifar10
     or imagenet1k (shipped)."""
     groups: Path | None = None
     """JSON of class name to coarse group."""

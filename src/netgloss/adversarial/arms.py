@@ -46,13 +46,13 @@ class Arm:
     crafting : where x* comes from.
     features : whether the feature term counts (else beta = 0).
     alpha : share of the clean cross-entropy, where the arm fixes it; None: as configured.
-    told : what it is, in a few words.
+    summary : what it is, in a few words.
     """
 
     crafting: Crafting
     features: bool
     alpha: float | None
-    told: str
+    summary: str
 
 
 ARMS: dict[str, Arm] = {

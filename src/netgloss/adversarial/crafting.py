@@ -33,7 +33,7 @@ class PixelClassifier(nn.Module):
     net : gives logits (B, C) of normalised images.
     mean, std : one number a channel.
     craft_layer : attacks differentiate the mean over the grid of this layer's output instead of the logits, where a
-        ReLU at the end gives dead logits no gradient (SqueezeNet: ``classifier.1``). Success is judged by the logits.
+        ReLU at the end gives dead logits no gradient (SqueezeNet: ``classifier.1``). Success is decided by the logits.
     """
 
     mean: Tensor
@@ -110,7 +110,7 @@ class AttackResult:
         return cls(found, predictions, targets, success, change.norm(dim=1), change.abs().amax(1))
 
     def rounded(self, classifier: PixelClassifier, x: Tensor, y: Tensor) -> AttackResult:
-        """As 8-bit pictures, measured anew. Still in the Linf ball if x is 8-bit and eps a whole number of 1/255."""
+        """As 8-bit pictures, measured again. Still in the Linf ball if x is 8-bit and eps a whole number of 1/255."""
         with crafting(classifier, x, y):
             return self.measure(classifier, x, self.images.mul(255).round() / 255, y, self.targets)
 

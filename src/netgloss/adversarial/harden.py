@@ -1,4 +1,4 @@
-"""Hardening: a network trained on with the consistent loss, or with one of the arms it is compared with.
+"""Hardening: training of a network continued with the consistent loss, or with one of the arms it is compared with.
 
 The losses are in ``adversarial/arms.py``. SGD with momentum 0.9, weight decay and a cosine schedule; eps and beta ramp
 up linearly in the first tenth of the steps. Real and adversarial images go through the network together. In fine-tuning
@@ -8,7 +8,7 @@ Crafting is in eval mode.
 A tenth of the training images, equally many of every class, is held out. After every epoch at most 512 of them are
 checked: clean accuracy, FGSM-RS and PGD-20. The weights of the best epoch, by the mean of clean and PGD accuracy, are
 kept. **Catastrophic overfitting** of the one-step arms (PGD accuracy more than 10 points below its best while FGSM-RS
-accuracy has not fallen) restores the best epoch and goes on with PGD, 10 steps by default.
+accuracy has not fallen) restores the best epoch and continues with PGD, 10 steps by default.
 
 Resume is exact: step k draws its images and random numbers from (seed, k), so that a killed run that continues from its
 last checkpoint ends with the weights of the undisturbed one.
@@ -129,7 +129,7 @@ class HardeningStep(nn.Module):
     def losses(
         self, x: Tensor, y: Tensor, adversarial: Tensor | None, beta: float
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Weighted terms of a batch x (B, channels, H, W), and what is logged beside them."""
+        """Weighted terms of a batch x (B, channels, H, W), and further numbers for the history."""
         joined = x if adversarial is None else torch.cat([x, adversarial])
         with Taps(self.pixels.net, self.layer, stop=False) as taps:
             features = taps(self.pixels.normalise(joined))[self.layer]
@@ -141,10 +141,10 @@ class HardeningStep(nn.Module):
         terms = loss_terms(
             self.arm, clean, y, adversarial_logits=fake, distance=apart, alpha=self.config.alpha, beta=beta
         )
-        beside = {"feature_norm": float(features[: len(x)].detach().flatten(1).norm(dim=1).mean())}
+        numbers = {"feature_norm": float(features[: len(x)].detach().flatten(1).norm(dim=1).mean())}
         if apart is not None:
-            beside["distance"] = float(apart.detach())
-        return terms, beside
+            numbers["distance"] = float(apart.detach())
+        return terms, numbers
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Hardening:
 
 
 class _HardenTraining(Training[Tensor]):
-    """Everything that changes during a run, and its way into a checkpoint and back; a batch is indices of images."""
+    """Everything that changes during a run, with its state in a checkpoint; a batch is indices of images."""
 
     def __init__(
         self,

@@ -12,24 +12,24 @@ from netgloss.metrics.base import Score, interval
 
 
 def summarise_arm(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean, 95 % interval over seeds and single values of every number of an arm's judgements."""
+    """Mean, 95 % interval over seeds and single values of every number of an arm's evaluations."""
 
-    def told(values: list[float | None], bounds: tuple[float, float]) -> dict[str, Any]:
+    def summary(values: list[float | None], bounds: tuple[float, float]) -> dict[str, Any]:
         known = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
         low, high = interval(known, bounds=bounds) if len(known) > 1 and not known.isnan().any() else (None, None)
         return {"mean": float(known.mean()), "low": low, "high": high, "values": values}
 
     accuracies = {
-        name: told([r["accuracies"].get(name) for r in records], (0.0, 1.0)) for name in records[0]["accuracies"]
+        name: summary([r["accuracies"].get(name) for r in records], (0.0, 1.0)) for name in records[0]["accuracies"]
     }
     attack = [r["consistency"]["attack"] for r in records]
-    numbers = {name: told([a.get(name) for a in attack], (-math.inf, math.inf)) for name in attack[0]}
+    numbers = {name: summary([a.get(name) for a in attack], (-math.inf, math.inf)) for name in attack[0]}
     health = [r["consistency"]["health"] for r in records]
-    numbers |= {name: told([h.get(name) for h in health], (0.0, math.inf)) for name in health[0]}
+    numbers |= {name: summary([h.get(name) for h in health], (0.0, math.inf)) for name in health[0]}
     for name in ("random_real", "random_adversarial"):
-        numbers[name] = told([r["consistency"].get(name) for r in records], (-math.inf, 1.0))
-    numbers["reached_target"] = told([r["reached_target"] for r in records], (0.0, 1.0))
-    numbers["response_correlation"] = told([r["response_correlation"] for r in records], (-1.0, 1.0))
+        numbers[name] = summary([r["consistency"].get(name) for r in records], (-math.inf, 1.0))
+    numbers["reached_target"] = summary([r["reached_target"] for r in records], (0.0, 1.0))
+    numbers["response_correlation"] = summary([r["response_correlation"] for r in records], (-1.0, 1.0))
     return {"accuracies": accuracies, "consistency": numbers}
 
 
@@ -51,7 +51,7 @@ def arm_scores(
             True,
             (-math.inf, 1.0),
             "Mean consis_cal of the layer's channels on adversarial images V made against the network itself. Copies "
-            "that fool nothing look consistent: read it beside the share of V that reached its target.",
+            "that fool nothing look consistent: read it together with the share of V that reached its target.",
         ),
         "consistency_real": (
             lambda r: r["consistency"]["attack"]["consis_cal_real"],

@@ -166,7 +166,7 @@ def _numbered(
     if missing:
         raise UserError(
             f"{len(missing)} of {len(names)} classes of {source.description} are none of {classifier.name}: "
-            f"{_few(missing)}; name them alike (--class-names)"
+            f"{_few(missing)}; give both the same names (--class-names)"
         )
     if len(of_net.unique()) < len(of_net):
         raise UserError(f"several classes of {source.description} are the same class of {classifier.name}")

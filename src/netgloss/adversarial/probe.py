@@ -48,7 +48,7 @@ Encode = Callable[[Tensor], Tensor]
 DIRECTIONS = 256
 """Random directions of the control, at most."""
 SAVE_SECONDS = 15.0
-"""Seconds of an attack that a kill may cost, besides the batch under way."""
+"""Seconds of an attack that a kill may cost, in addition to the current batch."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def attack_probe(
     """One adversarial image for each of R, against this network; None for the attack "none".
 
     Targets are classes of the probe set, pairs (true, target) as even as can be. ``layer`` is where the feature attack
-    works; ``also`` are the further networks of an ensemble. With ``checkpoint`` an interrupted attack goes on after the
-    last batch that was kept.
+    works; ``also`` are the further networks of an ensemble. With ``checkpoint`` an interrupted attack continues after
+    the last batch that was kept.
     """
     if choice.attack == "none":
         return None

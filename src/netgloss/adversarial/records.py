@@ -134,17 +134,17 @@ def layer_record(
 
 
 def attack_record(
-    attack: AttackChoice, made: Adversarial, logits: dict[str, Tensor], data: LabelledPixels
+    attack: AttackChoice, adversarial: Adversarial, logits: dict[str, Tensor], data: LabelledPixels
 ) -> dict[str, Any]:
     predicted = logits["real"].argmax(1)
     return {
         **dataclasses.asdict(attack),
-        "reached": float(made.found.success.float().mean()),
+        "reached": float(adversarial.found.success.float().mean()),
         "clean_accuracy": float((predicted == data.labels).float().mean()),
-        "accuracy": float((made.found.predictions.cpu() == data.labels).float().mean()),
-        "largest_linf": float(made.found.linf.max()),
-        "mean_l2": float(made.found.l2.mean()),
-        "targeted": made.targets is not None,
+        "accuracy": float((adversarial.found.predictions.cpu() == data.labels).float().mean()),
+        "largest_linf": float(adversarial.found.linf.max()),
+        "mean_l2": float(adversarial.found.l2.mean()),
+        "targeted": adversarial.targets is not None,
     }
 
 
@@ -183,7 +183,7 @@ def run_warnings(result: dict[str, Any], *, pooling: str) -> list[str]:
     found = []
     if not result["affinity"]["semantics"]:
         found.append(
-            "no semantics: classes count as alike only if they are the same (pass --wnids, --groups or --affinity)"
+            "no semantics: classes count as similar only if they are the same (pass --wnids, --groups or --affinity)"
         )
     for layer, record in result["layers"].items():
         low = {pair: rho for pair, rho in record["kernels"].items() if rho < 0.9}
@@ -193,9 +193,9 @@ def run_warnings(result: dict[str, Any], *, pooling: str) -> list[str]:
         if record["num_saturated"]:
             advice = "" if pooling == "mean" else ": use --pooling mean"
             found.append(f"{layer}: {record['num_saturated']} units are saturated (images tie at the top){advice}")
-        for name, told in (("random_real", "random directions"), ("channels_real", "the layer's channels")):
+        for name, control in (("random_real", "random directions"), ("channels_real", "the layer's channels")):
             if record.get(name) is not None and record[name] >= record["consis_cal"]:
-                found.append(f"{layer}: {told} are as consistent as the units ({record[name]:.3f})")
+                found.append(f"{layer}: {control} are as consistent as the units ({record[name]:.3f})")
         if "reason" in record.get("differences", {}):
             found.append(f"{layer}: {record['differences']['reason']}")
     return found

@@ -1,4 +1,4 @@
-"""How a network fares under attacks that are made anew against it, and whether its robustness may be an illusion.
+"""How a network fares under attacks regenerated against it, and whether its robustness may be an illusion.
 
 An image counts as robust if every start of the attack leaves it rightly classified; starts after the first are spent on
 the images that are still right. Attacks (eps in pixels, Linf unless said otherwise)::
@@ -257,8 +257,8 @@ def masking_failures(accuracies: Mapping[str, float], *, steps: int = 20, long_s
         ("fgsm-rs", "noise", "one gradient step does less harm than noise"),
     ]
     found = [
-        f"{a} leaves {accuracies[a]:.3f} right, more than {b} with {accuracies[b]:.3f}: {told}"
-        for a, b, told in checks
+        f"{a} leaves {accuracies[a]:.3f} right, more than {b} with {accuracies[b]:.3f}: {reason}"
+        for a, b, reason in checks
         if a in accuracies and b in accuracies and accuracies[a] > accuracies[b] + SLACK
     ]
     large = accuracies.get("pgd 64/255", math.nan)

@@ -1,4 +1,4 @@
-"""The pictures of a consistency run: top real and adversarial images of some units with heat, and a trace.
+"""The pictures of a consistency run: top real and adversarial images of some units with heatmaps, and a trace.
 
 Shape letters: N images, U units, h w a layer's map.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from netgloss.classifiers.taps import Taps
-from netgloss.figures import heat_tile
+from netgloss.figures import heatmap_tile
 from netgloss.metrics.consistency.difference import strongest_units
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def gallery(
     run: Run,
     pixels: PixelClassifier,
     data: LabelledPixels,
-    made: Adversarial | None,
+    adversarial: Adversarial | None,
     result: LayerResult,
     units: int,
     images: int,
@@ -76,8 +76,8 @@ def gallery(
         return []
     chosen = choose_units(result, units)
     sets = [("real", data.pixels(), result.real)]
-    if made is not None and result.adversarial is not None:
-        sets.append(("adversarial", made.found.images.cpu(), result.adversarial))
+    if adversarial is not None and result.adversarial is not None:
+        sets.append(("adversarial", adversarial.found.images.cpu(), result.adversarial))
     concepts, poles = result.units.concept[chosen], result.units.pole[chosen]
     maps = {name: unit_maps(pixels, pictures, result.layer, concepts, poles, encode) for name, pictures, _ in sets}
     records = []
@@ -102,7 +102,7 @@ def gallery(
         for name, pictures, _ in sets:
             record[name] = []
             for rank, (i, value) in enumerate(shown[name]):
-                tile = heat_tile(_picture(pictures[i]), maps[name][i, place].numpy(), high=high, threshold=threshold)
+                tile = heatmap_tile(_picture(pictures[i]), maps[name][i, place].numpy(), high=high, threshold=threshold)
                 file = f"{_safe(result.layer)}-unit{record['unit']}{'n' if record['pole'] < 0 else ''}-{name}{rank}.jpg"
                 _write(run, file, tile)
                 entry: dict[str, Any] = {
@@ -111,9 +111,9 @@ def gallery(
                     "true": data.title(int(data.probe_labels[i])),
                     "response": value,
                 }
-                if name == "adversarial" and made is not None and made.targets is not None:
-                    entry["target"] = data.title(int(made.targets[i]))
-                    entry["reached"] = bool(made.found.success[i])
+                if name == "adversarial" and adversarial is not None and adversarial.targets is not None:
+                    entry["target"] = data.title(int(adversarial.targets[i]))
+                    entry["reached"] = bool(adversarial.found.success[i])
                 record[name].append(entry)
         records.append(record)
     return records
@@ -122,7 +122,7 @@ def gallery(
 def trace(
     run: Run,
     data: LabelledPixels,
-    made: Adversarial,
+    adversarial: Adversarial,
     result: LayerResult,
     differences: dict[str, Any],
 ) -> dict[str, Any] | None:
@@ -130,26 +130,29 @@ def trace(
     if "adversarial" not in differences:
         return None
     chosen = differences["chosen"]
-    reached = made.found.success.cpu()[chosen] & differences["real"]["right"]
+    reached = adversarial.found.success.cpu()[chosen] & differences["real"]["right"]
     if not reached.any():
         return None
     row = int(reached.nonzero()[0])
     i = int(chosen[row])
     record: dict[str, Any] = {"id": data.ids[i], "true": data.title(int(data.probe_labels[i]))}
-    if made.targets is not None:
-        record["target"] = data.title(int(made.targets[i]))
+    if adversarial.targets is not None:
+        record["target"] = data.title(int(adversarial.targets[i]))
     single = (result.units.pole > 0).nonzero().squeeze(1)
-    for name, image in (("real", data.pixels(torch.tensor([i]))[0]), ("adversarial", made.found.images[i].cpu())):
+    for name, image in (
+        ("real", data.pixels(torch.tensor([i]))[0]),
+        ("adversarial", adversarial.found.images[i].cpu()),
+    ):
         found = differences[name]
         units, _ = strongest_units(found["pd"][row : row + 1])
         file = f"{_safe(result.layer)}-trace-{name}.jpg"
-        _write(run, file, heat_tile(_picture(image), None, high=1.0))
+        _write(run, file, heatmap_tile(_picture(image), None, high=1.0))
         entries = []
         for unit in units[0].tolist():
             column = int(single[unit])
             top = int(result.real[:, column].argmax())
             picture = f"{_safe(result.layer)}-trace-top{unit}.jpg"
-            _write(run, picture, heat_tile(_picture(data.pixels(torch.tensor([top]))[0]), None, high=1.0))
+            _write(run, picture, heatmap_tile(_picture(data.pixels(torch.tensor([top]))[0]), None, high=1.0))
             entries.append(
                 {
                     "unit": unit,

@@ -1,4 +1,4 @@
-"""Classifiers: loading by name, listing layers, reading and replacing what layers give, and the way from a layer to
+"""Classifiers: loading by name, listing layers, reading and replacing what layers give, and the path from a layer to
 the logits."""
 
 from netgloss.classifiers.layers import LayerInfo, list_layers

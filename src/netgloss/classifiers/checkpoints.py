@@ -120,12 +120,14 @@ def _renamed(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
 
 
 def _shape_mismatch(shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
-    told = [f"{name} is {found} in the file, {own} in the network" for name, (found, own) in list(shapes.items())[:3]]
+    mismatches = [
+        f"{name} is {found} in the file, {own} in the network" for name, (found, own) in list(shapes.items())[:3]
+    ]
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
     heads = {(found[0], own[0]) for found, own in shapes.values() if found and own and found[1:] == own[1:]}
     only_head = len(heads) == 1 and all(found and own and found[1:] == own[1:] for found, own in shapes.values())
     hint = f"; its head has {next(iter(heads))[0]} classes: pass num_classes" if only_head else ""
-    return "; ".join(told) + more + hint
+    return "; ".join(mismatches) + more + hint
 
 
 def _few(names: Iterable[Any]) -> str:

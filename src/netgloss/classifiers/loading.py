@@ -3,7 +3,7 @@
 ``timm:NAME`` (or ``timm:NAME.TAG``), ``torchvision:NAME`` (or ``torchvision:NAME.WEIGHTS``, as in
 ``resnet50.IMAGENET1K_V1``), ``path/to/file.py:factory``, ``critters``, or any ``nn.Module``. Nothing is downloaded
 unless a timm or torchvision name comes with neither checkpoint nor ``random_weights``. A checkpoint is taken to have
-been trained like the published weights of its name: their preprocessing is used unless told otherwise.
+been trained like the published weights of its name: their preprocessing is used unless stated otherwise.
 
 Shape letters: B images, C channels, H and W the network's input.
 """
@@ -105,7 +105,7 @@ class Classifier:
         return name
 
     def untrained(self, seed: int) -> Classifier:
-        """The same architecture with all weights drawn anew, as a control. The same on every device."""
+        """The same architecture with all weights reinitialised, as a control. The same on every device."""
         return Classifier(
             reinitialised(self.net, seed=seed).to(self.device),
             name=f"{self.name} (untrained)",
@@ -178,7 +178,7 @@ def load_classifier(
         then.
     random_weights : draw the weights with ``seed`` instead; nothing is downloaded either.
     num_classes : handed to timm, torchvision or the factory.
-    class_names : the names, or a text file with one a line.
+    class_names : the names, or a text file with one per line.
     preprocessing : the whole description, or a mapping that changes fields of the network's own. Modules and
         factories say theirs in an attribute ``preprocessing_spec`` (a dict of its fields), and their classes in
         ``class_names``.
@@ -302,7 +302,9 @@ def _checked_spec(spec: Any) -> dict[str, Any]:
 
 
 def reinitialised(net: nn.Module, *, seed: int) -> nn.Module:
-    """A copy on the CPU with every weight drawn anew: ``reset_parameters`` where a module has it, else N(0, 0.02^2)."""
+    """A copy on the CPU with every weight reinitialised: ``reset_parameters`` where a module has it, else N(0,
+    0.02^2).
+    """
     net = copy.deepcopy(net).cpu()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)

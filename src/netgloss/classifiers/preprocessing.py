@@ -1,8 +1,8 @@
 """What happens to an image before the network sees it: resize, centre crop, scale to [0, 1], normalise.
 
 One description serves torchvision, timm and own networks, goes into run folders as JSON, travels to data-loader
-workers, and tells where a pixel of the image ends up (:meth:`Preprocessing.geometry`), so that annotations can follow
-the image. The work itself is done by ``torchvision.transforms.v2``.
+workers, and computes where a pixel of the image ends up (:meth:`Preprocessing.geometry`), so that annotations can
+follow the image. The work itself is done by ``torchvision.transforms.v2``.
 
 Shape letters: C channels, H and W the network's input.
 """

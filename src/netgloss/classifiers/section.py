@@ -1,7 +1,7 @@
 """A section: an independent copy of the network from a layer to layers above it, as a module that can be trained.
 
-It is cut by the machinery of :mod:`netgloss.classifiers.tail`, so a layer inside a residual block or beside a shortcut
-has none.
+It is cut by the machinery of :mod:`netgloss.classifiers.tail`, so a layer inside a residual block or parallel to a
+shortcut has none.
 
 Shape letters: B images, C features, H and W the layer's grid.
 """

@@ -1,7 +1,7 @@
 """The tail: from a layer's activation to the logits, without running the trunk again wherever the graph allows it.
 
 The forward is traced by ``torch.fx``; only the modules around the layer are opened, all others stay whole, so that
-their control flow does not matter. If every way from the images to the logits leads through the layer (it *dominates*
+their control flow does not matter. If every path from the images to the logits leads through the layer (it *dominates*
 the output), the graph behind it is cut out as a module of its own that shares the network's parameters: mode
 ``"graph"``. Inside a residual block, or where the forward cannot be traced, the whole network runs on the images with
 the layer's output replaced: mode ``"replaced"``. A cut is kept only after its numbers have been compared with the
@@ -64,7 +64,7 @@ class Tail:
             self.reason = str(error)
         else:
             self._graph, self.mode = graph, "graph"
-            self.reason = f"every way to the logits leads through {layer!r}"
+            self.reason = f"every path to the logits leads through {layer!r}"
 
     def __call__(self, activation: Tensor, *, images: Tensor | None = None) -> Tensor:
         """Logits (B, classes) of an activation (B, C) or (B, C, H, W).
@@ -247,7 +247,7 @@ def _behind(graph: fx.Graph, cut: fx.Node, sizes: set[fx.Node], layer: str, ends
 
 
 def _batch_sizes(graph: fx.Graph, cut: fx.Node) -> set[fx.Node]:
-    """The nodes in front of the cut, or beside it, that ask for a batch size; the activation has the same."""
+    """The nodes before the cut, or parallel to it, that ask for a batch size; the activation has the same."""
     after = {cut}
     for node in graph.nodes:
         if any(n in after for n in node.all_input_nodes):

@@ -172,7 +172,9 @@ def replaced(
 
 @contextlib.contextmanager
 def watched(net: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
-    """Inside the ``with``, ``see(name, module, output)`` is told of every run of every layer, under its first name."""
+    """Inside the ``with``, ``see(name, module, output)`` is called for every run of every layer, with its first
+    name.
+    """
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, args, output: see(name, module, output)

@@ -1,4 +1,4 @@
-"""The command line: one verb a step of the flow, no logic of its own. The only room that prints.
+"""The command line: one verb per step of the flow, no logic of its own. The only room that prints.
 
 Each verb is a dataclass whose fields are its flags (by tyro); a method's own options are the fields of its config.
 Nothing heavy is imported before a verb runs.
@@ -119,6 +119,6 @@ def _overview() -> str:
         *(f"  {name:<12}{(cls.__doc__ or '').strip()}" for name, cls in VERBS.items()),
         "",
         "--trust-code lets the run or store that a command reads name Python files to run (own networks and methods).",
-        "netgloss COMMAND --help tells a command's flags. To begin: netgloss demo --out demo",
+        "netgloss COMMAND --help lists a command's flags. To begin: netgloss demo --out demo",
     ]
     return "\n".join(lines)

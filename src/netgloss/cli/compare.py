@@ -81,7 +81,7 @@ class Compare:
     images: str | None = None
     """Images to fit on, as in explain; with runs, only for layers inside a block and control networks."""
     eval_images: str | None = None
-    """Images to judge on; default: a fifth of --images, held out from the fit."""
+    """Images to evaluate on; default: a fifth of --images, held out from the fit."""
     annotations: str | None = None
     """Folder of images and masks (or critters:N,seed=S): adds dissection, all methods at one on-rate."""
     dictionary: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class Compare:
     seeds: int = 3
     """Fits of each method, with seeds 0, 1, ..."""
     max_images: int | None = None
-    """Judge on at most this many held-out images."""
+    """Evaluate on at most this many held-out images."""
     network_images: int = 128
     """Images for the untrained network and other control networks (with --methods); 0 leaves them out."""
     on_rate: float = 0.005

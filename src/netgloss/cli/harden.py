@@ -12,13 +12,13 @@ from netgloss.cli.terminal import console, execution, print_scores
 
 @dataclass
 class Harden:
-    """Harden a network with the consistent loss and the arms it is compared with, and judge all of them."""
+    """Harden a network with the consistent loss and the arms it is compared with, and evaluate all of them."""
 
     model: Annotated[Model, FLAT]
     images: str
     """Labelled images to train on: a folder (sub-folders are classes), file.npz[:train], timm:DATASET, critters[:N]."""
     eval_images: str
-    """Labelled images to judge on, of the same kinds; never trained on."""
+    """Labelled images to evaluate on, of the same kinds; never trained on."""
     layer: str
     """The last convolutional block, whose features are pulled together and whose channels are scored."""
     out: Path

@@ -26,21 +26,20 @@ class Parts:
     columns: int = 10
     """Images a filter."""
     distinct: float = 0.5
-    """Pass over a filter whose peak coincides with that of one already shown in more than this share of the images; 1
-    passes over none."""
+    """Skip a filter whose peak coincides with that of one already shown in more than this share of the images; 1 skips
+    none."""
     unmasked: bool = False
-    """Show the maps as they are, without the mask around their peaks."""
+    """Show the maps without the mask around their peaks."""
 
     def run(self) -> None:
         from netgloss.data.sources import open_sources
-        from netgloss.runs.run import Run
-        from netgloss.workflows.parts import write_galleries
+        from netgloss.workflows.parts import parts
 
         source = open_sources(self.images, self.eval_images)
-        for path in write_galleries(
-            Run(self.run_folder),
+        for path in parts(
+            self.run_folder,
             source,
-            self.out,
+            out=self.out,
             filters=self.filters,
             columns=self.columns,
             masked=not self.unmasked,

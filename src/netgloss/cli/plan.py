@@ -13,7 +13,7 @@ from netgloss.errors import UserError
 
 @dataclass
 class Plan:
-    """Tell time, disk and memory of large runs, from rates measured on this machine and stated assumptions."""
+    """Estimate time, disk and memory of large runs, from rates measured on this machine and stated assumptions."""
 
     model: str = "torchvision:resnet50"
     """The network, with random weights (they cost the same): timm:NAME, torchvision:NAME, path/to/file.py:factory."""
@@ -28,7 +28,7 @@ class Plan:
     steps: int = 10_000
     """Training steps of each fit."""
     batch_size: int = 4096
-    """Rows a step."""
+    """Rows per step."""
     judged: int | None = 50_000
     """Images that the scores are measured on (evaluate --max-images)."""
     gpu_tflops: float = 20.0
@@ -122,7 +122,7 @@ def _told(rates: object) -> list[tuple[str, str]]:
         ("writing a store", f"{rates.write / 1e6:,.0f} MB/s before compression"),
         ("reading it", f"{rates.read / 1e6:,.0f} MB/s before compression"),
         ("one image in the store", f"{rates.image_bytes / 1e3:,.1f} kB, {rates.compression:.2f} of it on disk"),
-        ("training", f"{rates.fit_rows:,.0f} rows/s, {rates.rows_per_image} rows an image"),
+        ("training", f"{rates.fit_rows:,.0f} rows/s, {rates.rows_per_image} rows per image"),
         ("evaluating", f"{rates.evaluate:,.1f} images/s"),
         ("memory of a process", f"{rates.base_memory / 1e6:,.0f} MB"),
     ]

@@ -21,7 +21,7 @@ def command_line() -> str:
 
 
 def is_main_process() -> bool:
-    """False in the processes that Fabric, torchrun or Slurm started beside the first one."""
+    """False in the processes that Fabric, torchrun or Slurm started in addition to the first one."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
@@ -46,11 +46,11 @@ def print_scores(run: Any) -> None:
     for s in run.scores:
         between = "" if s.low is None or s.high is None else f"{s.low:.3f} .. {s.high:.3f}"
         arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}[s.higher_is_better]
-        beside = ", ".join(
+        baselines = ", ".join(
             f"{name.replace('_', ' ')} {value:.3f}" for name, value in s.baselines.items() if value is not None
         )
         value = "-" if s.value is None else f"{s.value:.3f}"
-        table.add_row(*map(one_line, (s.metric + arrow, value, between, beside)))
+        table.add_row(*map(one_line, (s.metric + arrow, value, between, baselines)))
     out = console()
     out.print(table)
     for warning in run.manifest.get("warnings", []):

@@ -76,7 +76,7 @@ class Capture:
     out: str
     """Folder of the store, or a URL (s3://bucket/name) whose file system fsspec knows."""
     eval_images: str | None = None
-    """Images to judge on, of the same kinds; default: a fifth of --images, held out from the fit."""
+    """Images to evaluate on, of the same kinds; default: a fifth of --images, held out from the fit."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self, options: CaptureOptions) -> None:
@@ -147,9 +147,9 @@ class Evaluate:
     untrained_images: int = 256
     """Images for the untrained-network control; 0 leaves it out."""
     max_images: int | None = None
-    """Judge on at most this many held-out images."""
+    """Evaluate on at most this many held-out images."""
     annotations: str | None = None
-    """Where things are: a folder of images and masks, a COCO file, or critters:N,seed=S. Labels the concepts. A run
+    """Annotations: a folder of images and masks, a COCO file, or critters:N,seed=S. Labels the concepts. A run
     that was evaluated before is only labelled, unless --images is given."""
     decoder: Path | None = None
     """Run folder of a cladec decoder of the same layer: shows each concept taken out and alone. A run that was
@@ -203,7 +203,7 @@ class Explain:
     out: Path
     """Run folder; an interrupted run with the same settings continues."""
     eval_images: str | None = None
-    """Images to judge on, of the same kinds; default: a fifth of --images, held out from the fit."""
+    """Images to evaluate on, of the same kinds; default: a fifth of --images, held out from the fit."""
     seeds: int = 3
     """Number of fits, with seeds 0, 1, ...; several show how far the concepts depend on chance."""
     store: str | None = None

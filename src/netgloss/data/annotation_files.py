@@ -84,7 +84,7 @@ class Annotations(ABC):
 
 
 class MaskFolder(Annotations):
-    """Label images, one value a label; 0 is nothing unless ``classes.json`` gives it another name than background."""
+    """Label images, one value per label; 0 is nothing unless ``classes.json`` gives it another name than background."""
 
     def __init__(self, path: Path) -> None:
         files, notes = list_files(path)
@@ -197,8 +197,8 @@ class Coco(Annotations):
         for _, label, shape in sorted(shapes, key=lambda entry: -entry[0]):
             assert mask is not None
             mask[shape] = values[label]
-        told = frozenset(self.labels) - vague if vague else None
-        return ImageAnnotation(size, boxes, keypoints, mask, mask_labels, told)
+        covered = frozenset(self.labels) - vague if vague else None
+        return ImageAnnotation(size, boxes, keypoints, mask, mask_labels, covered)
 
 
 def open_json(path: Path) -> Annotations:

@@ -81,7 +81,7 @@ class ImageAnnotation:
             h, w = self.mask.shape
             raise UserError(f"the mask has {w} x {h} pixels, its image {self.size[0]} x {self.size[1]}")
 
-    def tells(self, label: str) -> bool:
+    def covers(self, label: str) -> bool:
         """True if the absence of ``label`` from this image (or a part of it) means that it is not there."""
         return self.annotated is None or label in self.annotated
 
@@ -133,8 +133,8 @@ def _sources(length: int, scale_offset: tuple[float, float]) -> NDArray[np.int64
 def to_grid(annotation: ImageAnnotation, grid: tuple[int, int]) -> dict[str, NDArray[np.float32]]:
     """Share of each cell that each present label covers, (H, W) in [0, 1], exact for cells of any size.
 
-    A label is told by the best that marks it: the mask, else the union of its boxes, else its keypoints (1 in the cell
-    of each). Labels without any mark are left out: see :meth:`ImageAnnotation.tells` for what that means.
+    A label is located by the best that marks it: the mask, else the union of its boxes, else its keypoints (1 in the
+    cell of each). Labels without any mark are left out: see :meth:`ImageAnnotation.covers` for what that means.
 
     Parameters
     ----------

@@ -75,7 +75,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def _digest(self, i: int) -> bytes:
-        """What tells picture ``i`` from another one of the same id."""
+        """What distinguishes picture ``i`` from another one of the same id."""
 
     def size(self, i: int) -> tuple[int, int]:
         """(w, h) of picture ``i``."""
@@ -135,7 +135,7 @@ class Subset(ImageSource):
 
 
 class Joined(ImageSource):
-    """Pictures to fit on followed by pictures to judge on; ids say which (``fit/...``, ``held-out/...``).
+    """Pictures to fit on followed by pictures to evaluate on; ids say which (``fit/...``, ``held-out/...``).
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
 """The small network shipped with the Critters benchmark: a real classifier for tests and demos, without a download.
 
-``scripts/train_critters.py`` makes the weights (``critters.safetensors``) and their metadata (``critters.json``) beside
-this file. As a classifier by name: ``path/to/netgloss/data/critters_net.py:load_critters_net``.
+``scripts/train_critters.py`` makes the weights (``critters.safetensors``) and their metadata (``critters.json``) next
+to this file. As a classifier by name: ``path/to/netgloss/data/critters_net.py:load_critters_net``.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def printable(name: object) -> str:
 
 
 def missing(path: Path) -> UserError:
-    """The error for a path that does not exist, with the nearest names beside the first part of it that is absent."""
+    """The error for a path that does not exist, with the nearest names to the first part of it that is absent."""
     while not path.parent.exists():
         path = path.parent
     near = nearest(path.name, sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else []
@@ -155,7 +155,7 @@ def image_size(file: ImageFile, *, name: str | None = None) -> tuple[int, int]:
 
     Raises
     ------
-    UnreadableImage : as :func:`open_image`, as far as the header tells.
+    UnreadableImage : as :func:`open_image`, as far as the header shows.
     """
     with as_unreadable(_name(file, name)), _opened(file) as image:
         width, height = image.size
@@ -163,7 +163,7 @@ def image_size(file: ImageFile, *, name: str | None = None) -> tuple[int, int]:
 
 
 def sample_bytes(file: BinaryIO) -> bytes:
-    """What tells a file from another at little cost: its length and 4 KiB from its middle."""
+    """What distinguishes a file from another at little cost: its length and 4 KiB from its middle."""
     length = file.seek(0, os.SEEK_END)
     file.seek(max(length // 2 - 2048, 0))
     return f"{length}:".encode() + file.read(4096)

@@ -21,7 +21,7 @@ class Vocabulary:
     ----------
     labels : names of the L labels.
     categories : names of the A categories.
-    category : for each label, its index in ``categories``. A concept is judged on a label in the images that are
+    category : for each label, its index in ``categories``. A concept is evaluated on a label in the images that are
         annotated for the label's category.
     """
 

@@ -153,7 +153,7 @@ def _open_folder(root: Path) -> FileSource:
         if empty:
             notes.append(f"class folders without images: {', '.join(map(printable, empty))}")
         if loose := sum("/" not in file for file in files):
-            notes.append(f"{loose} images lie beside the class folders and have no class")
+            notes.append(f"{loose} images lie next to the class folders and have no class")
         if classes <= _SPLITS:
             notes.append(f"the classes are called {', '.join(sorted(classes))}: was one of these folders meant?")
     description = f"{len(files)} images of {printable(root.resolve().name)}"
@@ -234,7 +234,7 @@ def _plain(name: str) -> str:
 
 
 def open_sources(images: ImageSource | str | Path, eval_images: ImageSource | str | Path | None = None) -> ImageSource:
-    """The images to fit on, joined with those to judge on where these are given.
+    """The images to fit on, joined with those to evaluate on where these are given.
 
     Raises
     ------
@@ -246,7 +246,7 @@ def open_sources(images: ImageSource | str | Path, eval_images: ImageSource | st
     assert source is not None
     if heldout is not None and heldout.fingerprint == source.fingerprint:
         raise UserError(
-            f"the images to judge on are those to fit on ({source.description}): explainers are judged on other "
+            f"the images to evaluate on are those to fit on ({source.description}): explainers are evaluated on other "
             "images; without --eval-images a fifth of the images is held out"
         )
     return source if heldout is None else Joined(source, heldout)

@@ -59,7 +59,7 @@ class EvaluationContext:
     faithfulness : how many images concepts are deleted on; 0 images leave faithfulness out.
     annotated : adds the question "dissection".
     fabric : the processes that share the images; only with ``strict``.
-    strict : a subject that fails ends the evaluation; otherwise it gets a reason and the others go on.
+    strict : a subject that fails ends the evaluation; otherwise it gets a reason and the others continue.
     """
 
     store: Store

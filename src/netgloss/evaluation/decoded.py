@@ -1,4 +1,4 @@
-"""A fitted decoder judged on held-out images, beside what needs no layer: scores, pictures and the gloss of its units.
+"""A fitted decoder evaluated on held-out images, compared with what needs no layer: scores, pictures and shown units.
 
 Baselines: ``mean_image`` (of the training images), ``class_mean`` (of those with the same prediction: a picture that
 knows the class and nothing else), ``shuffled_codes`` (the decoder fed another image's activation), ``reference`` (the
@@ -112,15 +112,15 @@ def decoded_scores(
         mean = first.mean_image.expand_as(image)
         of_class = torch.stack([means.get(c, first.mean_image) for c in batch.logits.argmax(dim=1).tolist()])
         other = _others(layer, batch, judged, rng)
-        made: dict[str, tuple[Tensor, Tensor | None]] = {}
+        versions: dict[str, tuple[Tensor, Tensor | None]] = {}
         for i, explainer in enumerate(explainers):
             reference = explainer.reference(image) if with_reference else None
-            made[f"seed {i}"] = (explainer(batch.activation), reference)
-            made[f"shuffled_codes {i}"] = (explainer(other), None)
+            versions[f"seed {i}"] = (explainer(batch.activation), reference)
+            versions[f"shuffled_codes {i}"] = (explainer(other), None)
             if reference is not None:
-                made[f"reference {i}"] = (reference, None)
-        made |= {"mean_image": (mean, None), "class_mean": (of_class, None), "original_resized": (image, None)}
-        for name, (decoded, reference) in made.items():
+                versions[f"reference {i}"] = (reference, None)
+        versions |= {"mean_image": (mean, None), "class_mean": (of_class, None), "original_resized": (image, None)}
+        for name, (decoded, reference) in versions.items():
             inputs = {
                 "image": image,
                 "decoded": decoded,
@@ -145,7 +145,7 @@ def decoded_scores(
 
 
 def _others(layer: Layer, batch: LayerBatch, judged: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """Activations of other images, drawn anew for each batch."""
+    """Activations of other images, drawn again for each batch."""
     own = batch.index.numpy()
     drawn = rng.choice(judged, size=len(own))
     if len(judged) > 1:
@@ -180,15 +180,15 @@ def make_triples(
     own, seen = logits.softmax(dim=1), pictures.to_logits(decoded).softmax(dim=1)
     triples = []
     for i in range(len(image)):
-        told, seen_as = int(own[i].argmax()), int(seen[i].argmax())
+        predicted, seen_as = int(own[i].argmax()), int(seen[i].argmax())
         triples.append(
             Triple(
                 image[i].cpu().numpy(),
                 None if reference is None else reference[i].cpu().numpy(),
                 decoded[i].cpu().numpy(),
                 label=names[int(labels[i])] if labels[i] >= 0 else "",
-                prediction=names[told],
-                probability=float(own[i, told]),
+                prediction=names[predicted],
+                probability=float(own[i, predicted]),
                 decoded_prediction=names[seen_as],
                 decoded_probability=float(seen[i, seen_as]),
             )
@@ -198,9 +198,9 @@ def make_triples(
 
 def caption(explainer: ClaDec, seed: int) -> str:
     """Layer, units, alpha with P, and seed, as every display says them."""
-    told = f"layer {explainer.spec.name}, {explainer.num_units} of {explainer.spec.num_features} units"
+    about = f"layer {explainer.spec.name}, {explainer.num_units} of {explainer.spec.num_features} units"
     alpha = f"alpha {explainer.config.alpha:g} (P = {explainer.num_values:,})"
-    return f"{told}, {alpha}, seed {seed}"
+    return f"{about}, {alpha}, seed {seed}"
 
 
 def triple_figures(
@@ -219,8 +219,8 @@ def triple_figures(
         )
         if len(wrong):
             groups["mistakes"] = np.sort(wrong[:_SHOWN].astype(int))
-    told = {
-        "random": "Images drawn at random from the judged ones.",
+    texts = {
+        "random": "Images drawn at random from the evaluated ones.",
         "mistakes": "Images that the classifier gets wrong, drawn at random among those.",
     }
     found = []
@@ -231,7 +231,7 @@ def triple_figures(
             explainer, batch.activation, shown, batch.logits, batch.labels, pictures, layer.classifier.class_names
         )
         figure = decoded_triples(triples, title=caption(explainer, seed))
-        found.append((f"decoded-{name}", figure, told[name]))
+        found.append((f"decoded-{name}", figure, texts[name]))
     return found
 
 

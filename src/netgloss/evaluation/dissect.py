@@ -59,9 +59,9 @@ class Dissected:
 def own_thresholds(explainer: Explainer, lowest: Tensor) -> Tensor | None:
     """(I,) what the method itself calls on: its thresholds, 0 for codes that are never negative; None if it has
     none."""
-    told = getattr(explainer, "thresholds", None)
-    if told is not None:
-        return told().detach().cpu().float()
+    thresholds = getattr(explainer, "thresholds", None)
+    if thresholds is not None:
+        return thresholds().detach().cpu().float()
     return torch.zeros_like(lowest) if bool((lowest >= 0).all()) else None
 
 

@@ -199,10 +199,10 @@ def load_dictionary(given: Any, store: Store, spec: LayerSpec) -> Explainer:
     return _linear(arrays, store, spec)
 
 
-def _codes_of(told: Any) -> Tensor:
-    codes = told[-1] if isinstance(told, tuple | list) else told
+def _codes_of(encoded: Any) -> Tensor:
+    codes = encoded[-1] if isinstance(encoded, tuple | list) else encoded
     if not isinstance(codes, Tensor):
-        raise UserError(f"encode must give codes, or a tuple that ends with them; got {type(told).__name__}")
+        raise UserError(f"encode must give codes, or a tuple that ends with them; got {type(encoded).__name__}")
     return codes
 
 

@@ -248,7 +248,7 @@ def run_jobs(
 
 
 def _refuse(context: EvaluationContext, error: Exception, keys: Sequence[str], reasons: dict[str, str]) -> None:
-    """Notes why jobs failed; with ``context.strict`` the error goes on."""
+    """Notes why jobs failed; with ``context.strict`` the error is raised."""
     if context.strict:
         raise error
     reasons |= dict.fromkeys(keys, reason_of(error))

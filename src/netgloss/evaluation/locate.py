@@ -35,7 +35,7 @@ _DEFINITIONS = {
     "location_ratio": (
         "ratio",
         TOP,
-        "Location instability as a share of what the same peaks give when dealt to other images: 1 for a concept whose "
+        "Location instability as a share of what the same peaks give when permuted over images: 1 for a concept whose "
         "place says nothing of the image (a constant is exactly 1), lower where peaks follow the landmarks. It cannot "
         "show which part is followed, nor that the network uses it.",
     ),
@@ -43,7 +43,7 @@ _DEFINITIONS = {
         "best_ratio",
         TOP,
         "The lowest ratio over landmarks of each concept, mean over concepts: below 1 by selection alone, so read it "
-        "beside random_cell.",
+        "compared with random_cell.",
     ),
     "peak_spread": (
         "spread",
@@ -84,17 +84,17 @@ def _landmarks(annotation: ImageAnnotation) -> dict[str, tuple[float, float]]:
     by_label: dict[str, list[tuple[float, float]]] = {}
     for label, x, y in annotation.keypoints:
         by_label.setdefault(label, []).append((x, y))
-    told = set(by_label)
+    labelled = set(by_label)
     if annotation.mask is not None:
         for value in np.unique(annotation.mask):
             name = annotation.mask_labels.get(int(value))
-            if name is not None and name not in told:
+            if name is not None and name not in labelled:
                 pieces, number = ndimage.label(annotation.mask == value)
                 centres = ndimage.center_of_mass(pieces > 0, pieces, range(1, number + 1))
                 by_label.setdefault(name, []).extend((float(x) + 0.5, float(y) + 0.5) for y, x in centres)
-        told = set(by_label)
+        labelled = set(by_label)
     for label, x0, y0, x1, y1 in annotation.boxes:
-        if label not in told:
+        if label not in labelled:
             by_label.setdefault(label, []).append(((x0 + x1) / 2, (y0 + y1) / 2))
     return {label: points[0] for label, points in by_label.items() if len(points) == 1}
 
@@ -111,16 +111,16 @@ def peaks_of(explainer: Explainer, store: Store, layer: str, images: np.ndarray,
 
 def location_scores(
     found: Sequence[Peaks],
-    beside: Mapping[str, Sequence[Peaks]],
+    baselines: Mapping[str, Sequence[Peaks]],
     landmarks: Tensor,
     names: Sequence[str],
     *,
     grid: tuple[int, int],
     size: tuple[int, int],
 ) -> list[Score]:
-    """Records of a method (peaks once a seed) beside other explainers and the trivial predictors."""
+    """Records of a method (peaks per seed) with other explainers and the trivial predictors as baselines."""
     diagonal = math.hypot(*size)
-    others = {name: list(each) for name, each in beside.items()}
+    others = {name: list(each) for name, each in baselines.items()}
     others |= {name: [peaks] for name, peaks in trivial_peaks(landmarks, grid=grid, size=size).items()}
     scores = []
     means = {

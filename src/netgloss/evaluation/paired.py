@@ -10,7 +10,7 @@ is the difference on that resample: what makes an image hard for both cancels. W
     interval  = d -+ sqrt(images^2 + fits^2)
 
 t is Student's 97.5 % point at Welch's degrees of freedom, rounded down. A method that does not depend on the seed has
-no variance of fits. One fit of a method that does depend on it tells nothing of the spread over fits: it counts as
+no variance of fits. One fit of a method that does depend on it says nothing about the spread over fits: it counts as
 none, and the interval is too narrow. An interval holds 95 % for one pair; with many pairs some miss by chance.
 
 Shape letters: S fits, R replicates.

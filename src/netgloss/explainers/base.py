@@ -161,7 +161,7 @@ def from_rows(rows: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 class Explainer(nn.Module):
-    """Base class: owns the config, the layer's spec and the way between maps and rows.
+    """Base class: owns the config, the layer's spec and the conversion between maps and rows.
 
     Class attributes
     ----------------
@@ -243,13 +243,13 @@ class Explainer(nn.Module):
         before the fit, or before the saved state is loaded."""
 
     def decoder_for(self, activation: Tensor) -> Callable[[Tensor], Any]:
-        """:meth:`decode`, with what of ``activation`` reaches the target beside the concepts held fixed (default:
-        nothing does)."""
+        """:meth:`decode`, with what of ``activation`` reaches the target in parallel to the concepts held fixed
+        (default: nothing does)."""
         return self.decode
 
     def partial(self) -> dict[str, Callable[[Tensor], Any]]:
-        """Methods that rebuild by several ways: by name, from an activation to the target by one of them alone; they
-        are scored beside the whole."""
+        """Methods that rebuild by several tracks: by name, from an activation to the target by one of them alone; they
+        are scored as baselines of the whole."""
         return {}
 
     @classmethod
@@ -274,7 +274,7 @@ class Explainer(nn.Module):
 
     @property
     def explained_classes(self) -> list[int] | None:
-        """Classes whose scores the concepts tell; None for all."""
+        """Classes whose scores the concepts explain; None for all."""
         return None
 
     def rebuilt_logits(self, concepts: Tensor, logits: Tensor) -> Tensor | None:
@@ -285,7 +285,8 @@ class Explainer(nn.Module):
         return None
 
     def contributions(self, concepts: Tensor, classes: Tensor) -> tuple[Tensor, Tensor] | None:
-        """With :meth:`rebuilt_logits`: contributions (B, K) to the logit of one class an image (B,), and the base (B,).
+        """With :meth:`rebuilt_logits`: contributions (B, K) to the logit of one class per image (B,), and the base
+        (B,).
 
         Base and contributions add up to the rebuilt logit. Base is NaN for a class that the method does not rebuild.
         None (the default) leaves it to gradient x concept through the tail.

@@ -48,7 +48,7 @@ Shape letters: N rows, I detectors.
 
 When the interpretable basis halves its learning rate and when it stops: by the loss alone.
 
-Private to ``explainers/``. The state lives in one buffer, so that a resumed fit goes on exactly.
+The state lives in one buffer, so that a resumed fit continues exactly.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class InterpretableBasisConfig(TrainingConfig):
     num_concepts: int = 0
     """Always the number of features of the layer; 0 says so."""
     steps: int = 2000
-    """Number of optimiser steps at most; the fit ends earlier when its loss stands still."""
+    """Number of optimiser steps at most; the fit ends earlier when its loss stops falling."""
     batch_size: int = 4096
     """Rows a step."""
     lr: float = 3e-3
@@ -103,7 +103,7 @@ class InterpretableBasisConfig(TrainingConfig):
     """Weight of the network term: what the detectors see must decide the prediction (preset cbe: 0.25, else 0)."""
     network: Literal["cnn", "uur"] = "cnn"
     """How the network term takes concepts out: every positive detector to its boundary (cnn), or a random part of the
-    way to all boundaries at once (uur)."""
+    direction to all boundaries at once (uur)."""
     whiten: bool = False
     """Start from uncorrelated features instead of standardised ones."""
     shared: bool = True
@@ -248,7 +248,7 @@ def inactive_classifier(activity: Tensor, nu: float, *, running: Tensor | None =
     ----------
     nu : the floor of every detector, tau / I.
     running : (I,) running means of the activities. If given, they decide which detectors are below the floor (the
-        batch is too small to tell) and those are pushed whatever the batch says.
+        batch is too small to show it) and those are pushed whatever the batch says.
     """
     if running is None:
         return F.relu(nu - activity).mean() / nu
@@ -266,7 +266,7 @@ def network_step(z: Tensor, basis: Tensor, bias: Tensor, *, kappa: Tensor | floa
 
 
 def network_certainty(logits: Tensor) -> Tensor:
-    """``L_net``: minus the mean entropy, in bits, of the classes that logits (B, classes) stand for."""
+    """``L_net``: minus the mean entropy, in bits, of the classes that logits (B, classes) give."""
     log_p = logits.log_softmax(dim=1)
     return (log_p.exp() * log_p).sum(dim=1).mean() / _LN2
 
@@ -561,7 +561,7 @@ class InterpretableBasis(RowsExplainer):
         return numbers
 
     def before_step(self, step: int, rows: Rows) -> Literal["go", "reset", "stop"]:
-        """Stops when the learning rate is used up or the loss stands still; never by any label or IoU."""
+        """Stops when the learning rate is used up or the loss stops falling; never by any label or IoU."""
         return "stop" if self.plateau.converged(self.config.lr) else "go"
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 Bussmann, Leask & Nanda 2024 (arXiv 2412.06410). In training the N k largest activations of the whole batch are kept,
 so that a row which is hard to rebuild may use more atoms than an easy one::
 
-    a  = ReLU((y - b) W_enc^T + b_enc)                   y, b, W_dec and the way back: ``_sae.py``
+    a  = ReLU((y - b) W_enc^T + b_enc)                   y, b, W_dec and scaling back: ``sparse_autoencoder.py``
     z  = a where a is among the N k largest of the batch, else 0                      training
     t  = mean over batches of the smallest a > 0 that is kept                         after the fit
     z  = a where a > t, else 0                           encode: a row does not depend on its neighbours

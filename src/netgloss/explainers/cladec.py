@@ -1,4 +1,4 @@
-"""ClaDec: a layer's activations decoded back into images, beside a reference autoencoder.
+"""ClaDec: a layer's activations decoded back into images, and compared with a reference autoencoder.
 
 ::
 
@@ -135,7 +135,7 @@ def choose_units(config: ClaDecConfig, num_features: int, relevance: Tensor | No
 
     Parameters
     ----------
-    relevance : (num_features,) for the rule "relevance"; without it the first ones stand in until it is known.
+    relevance : (num_features,) for the rule "relevance"; without it the first ones are used until it is known.
     """
     picked = _named(config.channels, num_features)
     if isinstance(picked, list):
@@ -492,21 +492,21 @@ class ClaDec(Explainer):
         decoded = self.decode(self.encode(batch.activation))
         error = reconstruction_error(image, decoded)
         terms = {"reconstruction": (1 - weight) / self.num_values * error} if alpha < 1 else {}
-        told = {"R": float(error.detach())}
+        terms_logged = {"R": float(error.detach())}
         if alpha > 0:
             if to_logits is None:
                 raise UserError("alpha > 0 needs the classifier: the batch brought no to_logits")
             wrong = class_error(to_logits(decoded), batch.labels, batch.logits, self.config.class_target)
             terms["class"] = weight * wrong
-            told |= {"CE": float(wrong.detach())}
-        told["J"] = (1 - alpha) * told["R"] + alpha * told.get("CE", 0.0)
+            terms_logged |= {"CE": float(wrong.detach())}
+        terms_logged["J"] = (1 - alpha) * terms_logged["R"] + alpha * terms_logged.get("CE", 0.0)
         if self.config.code_weight:
             if batch.to_code is None:
                 raise UserError("code_weight > 0 needs the classifier: the batch brought no to_code")
             gap = (batch.to_code(decoded) - batch.activation).flatten(1).norm(dim=1)
             share = gap.square() / batch.activation.flatten(1).norm(dim=1).square().clamp_min(_EPS)
             terms["code"] = self.config.code_weight * share.mean()
-        self._logged |= told
+        self._logged |= terms_logged
         return terms
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -542,15 +542,15 @@ class ClaDec(Explainer):
         return "go"
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Judges the weights on the held-out images now and then, and keeps the best."""
-        told, done = dict(self._logged), step + 1
+        """Evaluates the weights on the held-out images now and then, and keeps the best."""
+        entries, done = dict(self._logged), step + 1
         every = max(1, self.max_steps // max(1, self.config.epochs))
         end = done == self.max_steps
         if done % every == 0 or end or done in (int(self._planned[0]), _COLLAPSE_STEP):
-            told |= self._judge(done, self._alpha_at(step))
+            entries |= self._evaluate(done, self._alpha_at(step))
         if end:
             self.kept.restore(self)
-        return told
+        return entries
 
     # -- its parts ------------------------------------------------------------------------------------------------
 
@@ -597,7 +597,7 @@ class ClaDec(Explainer):
         return torch.cat([values for values, _, _ in parts]), images, Batch(torch.empty(0), **rest)
 
     @torch.no_grad()
-    def _judge(self, done: int, alpha: float) -> dict[str, float]:
+    def _evaluate(self, done: int, alpha: float) -> dict[str, float]:
         """Held-out R of both decoders (J too with alpha); keeps what is best so far; raises on collapse."""
         if self._held is None:
             return {}
@@ -609,15 +609,15 @@ class ClaDec(Explainer):
         decoded = []
         for part in torch.arange(len(images)).split(64):
             x = images[part].to(device)
-            made = self.decode(self.encode(activations[part].to(device)))
-            decoded.append(made.float().cpu())
-            sums["R"] += float((x - made).square().sum())
+            drawn = self.decode(self.encode(activations[part].to(device)))
+            decoded.append(drawn.float().cpu())
+            sums["R"] += float((x - drawn).square().sum())
             sums["R_mean"] += float((x - self.mean_image).square().sum())
             if self.reference_encoder is not None:
                 sums["R_reference"] += float((x - self.reference(x)).square().sum())
             if alpha > 0 and self._to_logits is not None:
                 given = [None if v is None else v[part].to(device) for v in (rest.labels, rest.logits)]
-                wrong = class_error(self._to_logits(made), given[0], given[1], self.config.class_target)
+                wrong = class_error(self._to_logits(drawn), given[0], given[1], self.config.class_target)
                 sums["CE"] += float(wrong) * len(part)
         self.train(training)
         found = {name: value / len(images) for name, value in sums.items()}

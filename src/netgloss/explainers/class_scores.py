@@ -1,4 +1,4 @@
-"""What the explainers of class scores share: which classes, their scores over the fit, and the linear way back to them.
+"""What the explainers of class scores share: which classes, their scores over the fit, and the linear map back to them.
 
 Private to ``explainers/``.
 

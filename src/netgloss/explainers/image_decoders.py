@@ -6,7 +6,7 @@ Two decoders, both driven by the code's shape and the image's:
   output. Resizing reaches any side without checkerboards; group or instance norm would rescale each image and hide
   that a removed concept dims it.
 - :class:`PublishedDecoder`: transposed convolutions as in the public code of Schneider & Vlachos (doi
-  10.1007/978-3-030-74251-5_6; written anew, nothing copied): image side = code side x 2^n, sigmoid, no norm.
+  10.1007/978-3-030-74251-5_6; own implementation): image side = code side x 2^n, sigmoid, no norm.
 
 Shape letters: B images, c channels of the code, h w its grid, m channels of the image, H W its sides, n up-samplings.
 """
@@ -177,7 +177,7 @@ class PublishedDecoder(nn.Module):
 class CompactEncoder(nn.Module):
     """Images (B, m, H, W) to a code of a given shape by a few strided convolutions.
 
-    It stands in for the classifier's own architecture where a fresh copy of that could not be trained on the images at
+    It replaces the classifier's own architecture where a fresh copy of that could not be trained on the images at
     hand; it does not control for the architecture.
 
     Parameters

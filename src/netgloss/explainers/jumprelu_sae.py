@@ -2,7 +2,7 @@
 
 Rajamanoharan et al. 2024 (arXiv 2407.14435). With H the unit step and rect the indicator of [-1/2, 1/2]::
 
-    a  = (y - b) W_enc^T + b_enc                         y, b, W_dec and the way back: ``_sae.py``
+    a  = (y - b) W_enc^T + b_enc                         y, b, W_dec and scaling back: ``sparse_autoencoder.py``
     z  = a H(a - t),    t = exp(log_threshold)           encode (the JumpReLU)
     L0 = mean over rows of sum_k H(a_k - t_k)
 
@@ -10,7 +10,8 @@ Rajamanoharan et al. 2024 (arXiv 2407.14435). With H the unit step and rect the 
     sparsity       = l0_weight (L0 / target_l0 - 1)^2    (the paper's variant that aims at a given L0)
                    = l0_weight L0 / K                    with target_l0 = 0
 
-H has no useful gradient. Straight-through estimators stand in, of the gradient of the *expected* loss (a kernel density
+H has no useful gradient. Straight-through estimators replace it, of the gradient of the *expected* loss (a kernel
+density
 estimate of how many rows lie at a threshold), with bandwidth e::
 
     d z / d t = -(t / e) rect((a - t) / e),     d H(a - t) / d t = -(1 / e) rect((a - t) / e),     d z / d a = H(a - t)

@@ -7,17 +7,17 @@ For pooled activations z (D,) and the score y of a class::
 ``features`` says what the n concepts are. Shared by all classes, found without their scores:
 
 - ``pca``: principal components; m is the mean, F = A orthonormal.
-- ``nmf``: A of a non-negative factorisation and x >= 0 its exact codes. Their gradient, for heat maps, is that of
+- ``nmf``: A of a non-negative factorisation and x >= 0 its exact codes. Their gradient, for heatmaps, is that of
   ReLU(z A^+), A^+ the pseudo-inverse.
 - ``random``: F uniform in [0, 1), A its pseudo-inverse.
 
 Chosen for each class, n of the layer's own features:
 
 - ``neurons``: the largest size of the slope of y on z_k alone, times the mean z_k of the class's images. The slope
-  stands for the gradient, so that no network is needed.
+  replaces the gradient, so that no network is needed.
 - ``omp``: orthogonal matching pursuit (scikit-learn) of y on the standardised z.
 - ``lasso``: the first n that are active on the path of the lasso (scikit-learn's ``lars_path``); the head is fitted
-  anew without shrinkage.
+  again without shrinkage.
 
 A single concept (``num_concepts`` 1) is the control for faithfulness: one direction that copies the logit.
 

@@ -1,10 +1,10 @@
 """Control: the layer's own features as concepts.
 
-The K features of the largest variance over the training rows, untouched; all the others stand at their mean m::
+The K features of the largest variance over the training rows, untouched; all the others stay at their mean m::
 
     encode(x) = x[S],  S = the K features of largest variance          decode(z)[S] = z,  decode(z)[not S] = m[not S]
 
-What a learned concept is worth is what it adds to this: the network was trained on these axes already, and single
+What a learned concept is worth is what it adds to this: the network was trained with these axes, and single
 channels are often interpretable (Bau et al. 2017). ``num_concepts`` above C means all C features, when the decoder is
 exact.
 

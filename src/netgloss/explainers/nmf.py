@@ -18,7 +18,7 @@ A row is done when it meets the optimality (KKT) conditions: with g = x W^T - z 
 differentiation of the codes is left out, as are its recursion into sub-concepts and its image crops.
 
 W is fitted by scikit-learn's NMF (coordinate descent) on up to ``max_rows`` rows. With more rows, ``mini_batch``
-refines the W of a sample on all rows (MiniBatchNMF, one pass, every row counting alike).
+refines the W of a sample on all rows (MiniBatchNMF, one pass, every row counting equally).
 
 Shape letters: C features, N rows, K concepts.
 """
@@ -102,7 +102,7 @@ class NMF(LinearExplainer):
         self.atoms.copy_(torch.nn.functional.normalize(torch.from_numpy(parts), dim=1))
 
     def _refined(self, rows: Rows, sample: Tensor, parts: np.ndarray, seed: int) -> np.ndarray:
-        """Parts (K, C) after a pass of MiniBatchNMF over the sample and all rows, every row counting alike."""
+        """Parts (K, C) after a pass of MiniBatchNMF over the sample and all rows, every row counting equally."""
         from sklearn.decomposition import MiniBatchNMF
 
         nmf = MiniBatchNMF(self.num_concepts, init="custom", forget_factor=1.0, random_state=sklearn_seed(seed))

@@ -1,4 +1,4 @@
-"""PartExplainer: a layer's activation rebuilt from part maps, each of which tells one place of an image, and a rest.
+"""PartExplainer: a layer's activation rebuilt from part maps, each of which marks one place of an image, and a rest.
 
 Three convolutions (3 x 3, zero padding 1, biases) read the activation x (B, C, H, W), and a trainable copy of the
 network's own section from this layer up rebuilds the layers above::
@@ -12,7 +12,7 @@ network's own section from this layer up rebuilds the layers above::
 mask multiplies a map by the unit cone around its peak (a constant in the gradient); Loss_f is the negative mutual
 information of ``_part_loss.py`` on maps divided by their running mean mass, before the mask. No label and no annotation
 is read. ``decode`` knows the part maps alone and so rebuilds from ``s p xi``; ``forward`` rebuilds from both tracks, as
-the loss does. How much the ordinary track carries is told by :meth:`PartExplainer.rebuild` with ``tracks="ordinary"``.
+the loss does. How much the ordinary track carries is given by :meth:`PartExplainer.rebuild` with ``tracks="ordinary"``.
 
 p is not identifiable: the decoder may weight either track up again, and ``-eta log p`` alone drives p to 1. It
 describes, it does not prove; the tracks taken one by one do.
@@ -23,11 +23,11 @@ label-free rest of it); maps normalised before the loss; s, so that a copied sec
 scale; the ordinary track starts as the identity and the interpretable one at random (a copied start keeps the old maps
 without parts); no ReLU in the ordinary track where the layer itself is signed. Left out: the tap one convolution below
 the first fully connected layer with fewer filters than the tap (here the section starts where the tap ends, so for VGG
-tap the last activation before the pool); the variant that is trained on the classification loss too.
+tap the last activation before the pool); the variant that also trains on the classification loss.
 
 Shape letters: B images, C = K features and filters, H W grid, P positions.
 
-The filter loss of interpretable CNNs: a filter's maps tell one place, or nothing, of each image.
+The filter loss of interpretable CNNs: a filter's maps mark one place, or nothing, of each image.
 
 Templates on an H x W map, mu each cell in turn, d the L1 distance in cells, n = max(H, W)::
 
@@ -104,7 +104,7 @@ def filter_loss(maps: Tensor, *, kappa: float, beta: float = 4.0, single: bool =
     Parameters
     ----------
     maps : (B, C, H, W) >= 0, of mean mass 1 an image (``sum_ij``) for ``kappa`` to be the templates' amplitude.
-    single : the published one-template gradient instead of the exact one (the value is exact either way).
+    single : the published one-template gradient instead of the exact one (the value is exact in both cases).
     """
     table = templates(*maps.shape[2:], beta=beta, kappa=kappa).to(maps.device)
     with torch.autocast(maps.device.type, enabled=False):
@@ -155,8 +155,8 @@ class _FilterLoss(torch.autograd.Function):
 
 FROZEN = 0.95
 """A map is frozen if it peaks at one place in more than this share of the images where it is active."""
-ALIKE = 0.5
-"""Part maps are alike if the peaks of more than this share of their pairs coincide, mean over images."""
+COINCIDING = 0.5
+"""Part maps coincide if the peaks of more than this share of their pairs coincide, mean over images."""
 
 
 def watch(maps: Tensor) -> dict[str, Tensor]:
@@ -546,21 +546,22 @@ class PartExplainer(Explainer):
             more = coinciding_peaks(maps[:left])
             near, both, left = near + more[0], both + more[1], left - min(left, len(maps))
         dead, frozen = dead_and_frozen(counts)
-        for told, what in (
+        for flagged, what in (
             (dead, "never active"),
             (frozen, f"active at one place in over {FROZEN:.0%} of their images"),
         ):
-            if told.any():
-                listed = ", ".join(map(str, told.nonzero().flatten().tolist()[:12]))
-                self.notes.append(f"{int(told.sum())} of {self.num_concepts} part maps are {what} (parts {listed})")
-        if (alike := mean_of_pairs(near, both)) > ALIKE:
+            if flagged.any():
+                listed = ", ".join(map(str, flagged.nonzero().flatten().tolist()[:12]))
+                self.notes.append(f"{int(flagged.sum())} of {self.num_concepts} part maps are {what} (parts {listed})")
+        if (share := mean_of_pairs(near, both)) > COINCIDING:
             self.notes.append(
-                f"two part maps peak at the same place in {alike:.0%} of the images (mean over pairs): they show fewer "
+                f"two part maps peak at the same place in {share:.0%} of the images (mean over pairs): they show fewer "
                 "different parts than there are maps"
             )
         if self.share is not None:
             self.notes.append(
-                f"p = {self.p:.2f} is the part maps' weight beside the ordinary track; it does not say how much of the "
+                f"p = {self.p:.2f} is the part maps' weight relative to the ordinary track; it does not say how much "
+                f"of the "
                 "decision they carry (see the scores of the tracks taken alone)"
             )
 

@@ -5,7 +5,7 @@ Ding, Li & Jordan 2010 ("Convex and semi-nonnegative matrix factorizations", IEE
     min over Z, W of |X - Z W|_F^2   with Z (N, K) >= 0, W (K, C) free
     encode(x) = argmin over z >= 0 of |x - z W|^2          decode(z) = z W
 
-It stands between k-means (rows of Z with a single 1) and NMF (W >= 0 too), and takes layers that go below zero. The fit
+It lies between k-means (rows of Z with a single 1) and NMF (W >= 0 too), and takes layers that go below zero. The fit
 starts from k-means (its indicator plus 0.2, as in the paper) and alternates their rules, under which the error never
 rises; with A^+ = max(A, 0), A^- = max(-A, 0), element by element::
 

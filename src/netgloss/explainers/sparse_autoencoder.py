@@ -10,7 +10,7 @@ Once the codes of a batch are known as triples (row, atom, value), the sparse ma
 every product that is left: of the decoding ``Z W_dec`` and of the exact gradients ``Z^T dE`` of the decoder and ``dZ^T
 y`` of the encoder (Gao et al. 2024, appendix D, do the same in GPU kernels). So one dense product a step is left, the
 ``y W_enc^T`` that finds the triples, instead of five. Sums over triples are ``embedding_bag``, which gathers; for the
-two gradients the triples are sorted by atom, once a step.
+two gradients the triples are sorted by atom, once per step.
 
 Private to ``explainers/``.
 

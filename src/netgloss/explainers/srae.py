@@ -17,14 +17,14 @@ Every class has a module of its own; all are trained side by side in one batched
 ``joint`` makes one module for all classes. An attempt is 3/17 of its steps greedy pre-training of the three layer
 pairs, 1/17 the linear head, and the rest joint training with a tenth of the learning rate after 40, 80 and 120 of 130
 parts. It is accepted if, over the fit images, at least two x-features contribute on average above zero and the second
-at least 0.3 of the first; otherwise it is tried again with a_r times 1.2 and a_t times 0.8. ``notes`` tell how often.
+at least 0.3 of the first; otherwise it is tried again with a_r times 1.2 and a_t times 0.8. ``notes`` say how often.
 A joint module is accepted if half of its classes pass.
 
 Sources: Qi, Khorram & Fuxin, "Embedding Deep Networks into Visual Explanations", Artificial Intelligence 292, 2021
 (arXiv 1709.05360); Hamidi-Haines et al., arXiv 1812.07150; the published training code for widths, weights, schedule
-and the restart rule. Ours: scaled Z and standardised y (a_p = 40 stands for the published 1 at the logit variance of
-that code's data), positives in every batch, and the repair: before the head and before joint training, x-features
-that are zero on all positives are drawn anew so that they are on for half of them, and once more early in joint
+and the restart rule. Ours: scaled Z and standardised y (a_p = 40 corresponds to the published 1 at the logit variance
+of that code's data), positives in every batch, and the repair: before the head and before joint training, x-features
+that are zero on all positives are redrawn so that they are on for half of them, and once more early in joint
 training in modules where all are. Left out: convolutional
 autoencoders.
 
@@ -89,7 +89,7 @@ class SRAEConfig(TrainingConfig):
     attempts: int = 5
     """Fits of a module at most, until it is accepted; 1 takes the first as it is."""
     repair: bool = True
-    """Draw x-features anew that are dead after pre-training."""
+    """Redraw x-features that are dead after pre-training."""
     dropout: float = 0.02
     """Dropout after the first encoder layer."""
     weight_decay: float = 1e-4
@@ -283,7 +283,7 @@ class SRAE(ClassScores):
     ----------
     class_index : (classes,) indices of the explained classes.
     scale, target_mean, target_sd : buffers () and (classes,): what Z and y are divided by.
-    tries, accepted : buffers (G,): attempts judged, and whether the module passed.
+    tries, accepted : buffers (G,): attempts evaluated, and whether the module passed.
     notes : plain sentences about the last fit.
 
     Raises
@@ -494,10 +494,12 @@ class SRAE(ClassScores):
                 f"{', '.join(refused)}"
             )
         dead = [int((hidden <= 0).all(dim=0).sum()) for hidden in self._positives(rows, 3)]
-        told = [f"{name} {count}" for name, count in zip(self._module_names(), dead, strict=True) if count]
-        if told:
+        listed = [f"{name} {count}" for name, count in zip(self._module_names(), dead, strict=True) if count]
+        if listed:
             count = self.config.num_concepts
-            self.notes.append(f"x-features (of {count}) that are zero on all images of their class: {', '.join(told)}")
+            self.notes.append(
+                f"x-features (of {count}) that are zero on all images of their class: {', '.join(listed)}"
+            )
 
     # -- restart and repair ---------------------------------------------------------------------------------------
 
@@ -560,10 +562,10 @@ class SRAE(ClassScores):
         return self._starts[_JOINT] + (self.config.steps - self._starts[_JOINT]) * 10 // 130
 
     def _repair(self, rows: Rows, step: int, *, silent_only: bool = False) -> None:
-        """Draws x-features anew that are zero on all positives: on for half of them, as strong as the others.
+        """Redraws x-features that are zero on all positives: on for half of them, as strong as the others.
 
-        A hidden layer that says nothing of the positives is drawn anew first. ``silent_only`` leaves modules alone
-        whose x-features tell them apart.
+        A hidden layer that says nothing about the positives is redrawn first. ``silent_only`` leaves modules alone
+        whose x-features distinguish them.
         """
         layer = cast(Linears, self.nets.encoder[2])
         hidden = self._positives(rows, 2)
@@ -600,7 +602,7 @@ class SRAE(ClassScores):
 
 
 def _is_silent(values: Tensor) -> bool:
-    """True if no unit (P, .) tells the images apart: all are off, or on by their biases alone."""
+    """True if no unit (P, .) distinguishes the images: all are off, or on by their biases alone."""
     if len(values) < 2:
         return not bool(values.any())
     return bool((values.amax(dim=0) - values.amin(dim=0) <= 1e-6 * values.amax()).all())

@@ -9,13 +9,13 @@ On standardised rows xhat = (x - mu) / sigma, for concept c with positive rows P
 
 All positives are used (at most ``max_positives``) and ``negatives`` as many negatives for each, half of them from
 images that hold the concept, over the images annotated for it. The ratio sets how often a probe is on.
-``f1_thresholds`` move the bias alone to the best F1 on the labelled rows, which tells a poor direction from a poor
-threshold.
+``f1_thresholds`` move the bias alone to the best F1 on the labelled rows, which distinguishes a poor direction from a
+poor threshold.
 
 ``style`` takes the recipe of a paper instead (``_probes.py``): ``ibd`` has squared error by SGD with hard negatives;
-``net2vec`` weighs positives and negatives alike, over all rows, on features that are binarised at their 0.995 quantile
-(``raw``: on xhat). Binarised features cannot be got back from a few codes: there ``decode`` is the least-squares map
-from codes to rows, which is ours.
+``net2vec`` weighs positives and negatives equally, over all rows, on features that are binarised at their 0.995
+quantile (``raw``: on xhat). Binarised features cannot be got back from a few codes: there ``decode`` is the
+least-squares map from codes to rows, which is ours.
 
 Sources: interpretable basis decomposition (Zhou, Sun, Bau & Torralba, ECCV 2018) and Net2Vec (Fong & Vedaldi, CVPR
 2018).

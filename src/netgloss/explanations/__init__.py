@@ -1,6 +1,6 @@
-"""The gloss of a layer: what each concept is, whom it serves, what drove each prediction."""
+"""Explanations of a layer: what each concept is, which classes it serves, what drove each prediction."""
 
-from netgloss.explanations.content import GlossOptions, make_gloss
+from netgloss.explanations.content import ExplanationOptions, explain_layer
 from netgloss.explanations.images import ImageExplanation, explain_images
 
-__all__ = ["GlossOptions", "ImageExplanation", "explain_images", "make_gloss"]
+__all__ = ["ExplanationOptions", "ImageExplanation", "explain_images", "explain_layer"]

@@ -28,7 +28,7 @@ def by_position(codes: Tensor) -> Tensor:
 
 
 @dataclass
-class ClassSums:
+class ClassAccumulators:
     """Sums over the images of one class."""
 
     contribution_K: Tensor
@@ -43,7 +43,7 @@ class ClassSums:
 
 
 @dataclass
-class ConceptSums:
+class ConceptAccumulators:
     """What one pass over the images gathers; ``top_images`` (T, K) are store indices, strongest first."""
 
     num_concepts: int
@@ -56,7 +56,7 @@ class ConceptSums:
     influence_K: Tensor = field(init=False)
     top_strength: Tensor = field(init=False)
     top_images: Tensor = field(init=False)
-    by_class: dict[int, ClassSums] = field(default_factory=dict)
+    by_class: dict[int, ClassAccumulators] = field(default_factory=dict)
     predictions: dict[int, tuple[int, float]] = field(default_factory=dict)
     abs_gap: float = 0.0
     abs_scale: float = 0.0
@@ -107,7 +107,7 @@ class ConceptSums:
         values_BK = parts.values.double().cpu()
         for row, c in enumerate(classes.tolist()):
             zeros = torch.zeros(self.num_concepts, dtype=torch.float64)
-            entry = self.by_class.setdefault(c, ClassSums(zeros, zeros.clone()))
+            entry = self.by_class.setdefault(c, ClassAccumulators(zeros, zeros.clone()))
             entry.contribution_K += values_BK[row]
             entry.squares_K += values_BK[row] ** 2
             entry.images += 1
@@ -121,12 +121,12 @@ class ConceptSums:
             entry.gap += logit - base - float(values_BK[row].sum())
 
 
-def concept_sums(
+def accumulate_concepts(
     explainer: Explainer, layer: Layer, images: np.ndarray, *, gallery: int, progress: Progress
-) -> ConceptSums:
+) -> ConceptAccumulators:
     """The pass itself; contributions only where the concepts lead to the logits."""
-    sums = ConceptSums(explainer.num_concepts, gallery)
-    progress.start("gloss", len(images), unit="images")
+    sums = ConceptAccumulators(explainer.num_concepts, gallery)
+    progress.start("explanations", len(images), unit="images")
     for batch in layer.batches(images):
         with torch.no_grad():
             codes = explainer.encode(batch.activation)

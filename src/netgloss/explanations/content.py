@@ -14,7 +14,7 @@ import torch
 
 from netgloss.activations.layer import Layer
 from netgloss.explainers.base import Explainer
-from netgloss.explanations.accumulators import EPS, ConceptSums, by_position, concept_sums
+from netgloss.explanations.accumulators import EPS, ConceptAccumulators, accumulate_concepts, by_position
 from netgloss.explanations.deletion import cross_deletion
 from netgloss.explanations.heatmaps import ConceptRange, concept_heatmaps
 from netgloss.explanations.images import explain_images
@@ -29,7 +29,7 @@ _MATTERS = 0.02
 
 
 @dataclass(frozen=True)
-class GlossOptions:
+class ExplanationOptions:
     """How much to show."""
 
     gallery: int = 9
@@ -46,7 +46,7 @@ class GlossOptions:
     """Images that the activation histograms are drawn from."""
 
 
-def make_gloss(
+def explain_layer(
     explainer: Explainer,
     layer: Layer,
     *,
@@ -54,7 +54,7 @@ def make_gloss(
     heldout_images: np.ndarray,
     stability: list[float] | None,
     affine: bool,
-    options: GlossOptions | None = None,
+    options: ExplanationOptions | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The content of concepts.json, and the thumbnails it names (file name -> image index of the store).
@@ -64,16 +64,18 @@ def make_gloss(
     stability : per-concept stability over seeds, or None.
     affine : True if the tail from this layer is affine, so that contributions are exact.
     """
-    options = options or GlossOptions()
+    options = options or ExplanationOptions()
     images = np.sort(np.concatenate([fit_images, heldout_images]))
-    sums = concept_sums(explainer, layer, images, gallery=options.gallery, progress=progress or Silent())
-    told = explainer.explained_classes
+    sums = accumulate_concepts(explainer, layer, images, gallery=options.gallery, progress=progress or Silent())
+    explained_classes = explainer.explained_classes
     candidates = heldout_images if len(heldout_images) else images
-    if told is not None:
-        candidates = np.array([i for i in candidates.tolist() if sums.predictions[i][0] in told], dtype=int)
-        sums.by_class = {c: entry for c, entry in sums.by_class.items() if c in told}
-    if told is not None:
-        sums.mistakes = [m for m in sums.mistakes if m.predicted in told]
+    if explained_classes is not None:
+        candidates = np.array(
+            [i for i in candidates.tolist() if sums.predictions[i][0] in explained_classes], dtype=int
+        )
+        sums.by_class = {c: entry for c, entry in sums.by_class.items() if c in explained_classes}
+    if explained_classes is not None:
+        sums.mistakes = [m for m in sums.mistakes if m.predicted in explained_classes]
     examples = _choose_examples(sums, layer, candidates, options)
     examples = sorted({*examples, *shown_images(sums.mistakes, options.mistakes)})
     shown = sorted({*sums.top_images.flatten().tolist(), *examples})
@@ -81,7 +83,7 @@ def make_gloss(
     histograms, ranges = _histograms(explainer, layer, sums, images, options)
     drawn = {i: value for part in layer.maps(np.array(shown)) for i, value in _heat(explainer, *part).items()} or codes
     if drawn is not codes:
-        ranges = _heat_ranges(drawn)
+        ranges = _heatmap_ranges(drawn)
     drove = {m.image: m.concept for m in sums.mistakes if m.concept is not None}
     explained = _explain_examples(explainer, layer, examples, drawn, ranges, options, drove, affine=affine)
     similarity, of = concept_similarity(explainer, layer, images[:: -(-len(images) // options.histogram_images)])
@@ -112,13 +114,13 @@ def make_gloss(
         for k in range(sums.num_concepts)
     ]
     pages = _class_pages(sums, layer.classifier.class_names, options)
-    if told is not None and drawn is not codes and layer.source is not None:
+    if explained_classes is not None and drawn is not codes and layer.source is not None:
         _add_deletion(pages, explainer, layer, candidates, sums)
     content = {
         "format_version": 1,
         "layer": layer.name,
         "grid": list(layer.store.shapes[layer.name][1:] if drawn is not codes else explainer.spec.grid),
-        "importance": _importance_note(sums, affine=affine, own=told is not None),
+        "importance": _importance_note(sums, affine=affine, own=explained_classes is not None),
         "images": _image_entries(sums, layer, shown, set(heldout_images.tolist()), explained),
         "concepts": concepts,
         "map": concept_map(similarity, of),
@@ -142,19 +144,24 @@ def _codes(explainer: Explainer, layer: Layer, images: np.ndarray) -> dict[int, 
 
 
 def _heat(explainer: Explainer, images: np.ndarray, maps: torch.Tensor) -> dict[int, np.ndarray]:
-    """Heat (K, H, W) of the concepts of a pooled layer, by image."""
+    """Heatmaps (K, H, W) of the concepts of a pooled layer, by image."""
     heat = concept_heatmaps(explainer.encode, maps, range(explainer.num_concepts)).half().cpu().numpy()
     return dict(zip(images.tolist(), heat, strict=True))
 
 
-def _heat_ranges(heat: dict[int, np.ndarray]) -> list[ConceptRange]:
-    """One scale a concept over the images shown; the contour is at half of its strongest heat."""
+def _heatmap_ranges(heat: dict[int, np.ndarray]) -> list[ConceptRange]:
+    """One scale per concept over the images shown; the contour is at half of its strongest value."""
     tops = np.max([value.max(axis=(1, 2)) for value in heat.values()], axis=0).astype(float)
     return [ConceptRange(low=0.0, high=top, contour=top / 2) for top in tops.tolist()]
 
 
 def _histograms(
-    explainer: Explainer, layer: Layer, sums: ConceptSums, images: np.ndarray, options: GlossOptions, bins: int = 24
+    explainer: Explainer,
+    layer: Layer,
+    sums: ConceptAccumulators,
+    images: np.ndarray,
+    options: ExplanationOptions,
+    bins: int = 24,
 ) -> tuple[list[dict[str, Any]], list[ConceptRange]]:
     """Histogram of each concept's peak in an image; contour at the concept's 98 % quantile over positions."""
     picked = images[:: max(1, -(-len(images) // options.histogram_images))]
@@ -180,7 +187,9 @@ def _histograms(
     return histograms, ranges
 
 
-def _choose_examples(sums: ConceptSums, layer: Layer, images: np.ndarray, options: GlossOptions) -> list[int]:
+def _choose_examples(
+    sums: ConceptAccumulators, layer: Layer, images: np.ndarray, options: ExplanationOptions
+) -> list[int]:
     """Images to explain one by one: in turn a sure hit and a sure mistake of each class, large classes first."""
     labels = layer.labels
     groups: dict[int, list[int]] = {}
@@ -202,7 +211,7 @@ def _explain_examples(
     examples: list[int],
     drawn: dict[int, np.ndarray],
     ranges: list[ConceptRange],
-    options: GlossOptions,
+    options: ExplanationOptions,
     drove: dict[int, int],
     *,
     affine: bool,
@@ -227,7 +236,7 @@ def _explain_examples(
 
 
 def _image_entries(
-    sums: ConceptSums, layer: Layer, shown: list[int], heldout: set[int], explained: dict[int, dict[str, Any]]
+    sums: ConceptAccumulators, layer: Layer, shown: list[int], heldout: set[int], explained: dict[int, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     names, labels, targets = layer.classifier.class_names, layer.labels, layer.store.targets
     entries = []
@@ -248,7 +257,7 @@ def _image_entries(
     return entries
 
 
-def _served_classes(sums: ConceptSums, concept: int, names: list[str], limit: int = 5) -> list[dict[str, Any]]:
+def _served_classes(sums: ConceptAccumulators, concept: int, names: list[str], limit: int = 5) -> list[dict[str, Any]]:
     """Classes whose logit the concept raises most, with its share of the class's absolute contributions."""
     raised = []
     for c, entry in sums.by_class.items():
@@ -259,7 +268,9 @@ def _served_classes(sums: ConceptSums, concept: int, names: list[str], limit: in
     return [{"class": name, "contribution": mean, "share": share} for mean, share, name in top if mean > 0]
 
 
-def _class_pages(sums: ConceptSums, names: list[str], options: GlossOptions, limit: int = 12) -> list[dict[str, Any]]:
+def _class_pages(
+    sums: ConceptAccumulators, names: list[str], options: ExplanationOptions, limit: int = 12
+) -> list[dict[str, Any]]:
     pages = []
     for c, entry in sorted(sums.by_class.items(), key=lambda item: -item[1].images)[: options.max_classes]:
         n = entry.images
@@ -291,7 +302,7 @@ def _class_pages(sums: ConceptSums, names: list[str], options: GlossOptions, lim
 
 
 def _add_deletion(
-    pages: list[dict[str, Any]], explainer: Explainer, layer: Layer, images: np.ndarray, sums: ConceptSums
+    pages: list[dict[str, Any]], explainer: Explainer, layer: Layer, images: np.ndarray, sums: ConceptAccumulators
 ) -> None:
     """The cross-deletion matrix of each class, on its surest images."""
     for page in pages:
@@ -303,15 +314,17 @@ def _add_deletion(
             page["deletion"] = cross_deletion(explainer, layer, np.array(surest), concepts)
 
 
-def _importance_note(sums: ConceptSums, *, affine: bool, own: bool) -> dict[str, Any]:
+def _importance_note(sums: ConceptAccumulators, *, affine: bool, own: bool) -> dict[str, Any]:
     what = "its code times the gradient of the class's logit with respect to it, summed over positions"
     if own:
         what = "its weight in the class's rebuilt score times its value"
-        way = "Base and contributions add up to the rebuilt score exactly"
+        sum_text = "Base and contributions add up to the rebuilt score exactly"
     elif affine:
-        way = "The network is affine from this layer on, so base and contributions add up to the rebuilt logit exactly"
+        sum_text = (
+            "The network is affine from this layer on, so base and contributions add up to the rebuilt logit exactly"
+        )
     else:
-        way = (
+        sum_text = (
             "The network is not linear from this layer on, so base and contributions only approximate the rebuilt "
             "logit; the completeness gap is what they leave unexplained"
         )
@@ -321,5 +334,6 @@ def _importance_note(sums: ConceptSums, *, affine: bool, own: bool) -> dict[str,
             "mean_abs": sums.abs_gap / sums.explained if sums.explained else None,
             "relative": sums.abs_gap / sums.abs_scale if sums.abs_scale else None,
         },
-        "definition": f"A concept's contribution is {what}. {way}. What the reconstruction itself loses is told apart.",
+        "definition": f"A concept's contribution is {what}. {sum_text}. What the reconstruction itself loses is "
+        "reported separately.",
     }

@@ -3,14 +3,14 @@
 ::
 
     delta_k   = dec(z) - dec(z with z_k = 0)              z = enc(a)
-    kept      X_K = D(dec(z))                             beside X_E = D(a)
-    removed   D(a - delta_k), or D(dec(z) - delta_k)      beside X_E, or X_K
-    alone     D(mean_a + delta_k)                         beside D(mean_a), mean_a over the training set
+    kept      X_K = D(dec(z))                             compared with X_E = D(a)
+    removed   D(a - delta_k), or D(dec(z) - delta_k)      compared with X_E, or X_K
+    alone     D(mean_a + delta_k)                         compared with D(mean_a), mean_a over the training set
     visibility_k = d(delta_k) / d(r),  d(u) = mean over images of |D(a) - D(a - u)|^2
                    r: 10 random directions with the norm of delta_k at each position
 
 Several concepts are zeroed together; pictures are never added. The decoder was trained on plain activations: where all
-of a layer's are >= 0, edited ones are clamped at 0 (random ones alike) and the clamped share of the edit's norm is
+of a layer's are >= 0, edited ones are clamped at 0 (random ones too) and the clamped share of the edit's norm is
 told. A picture is evidence only if the interval of ``visibility_k`` lies above 1. An edited activation that is farther
 from all training activations than 95 % of the unedited ones is flagged ``off_manifold``.
 

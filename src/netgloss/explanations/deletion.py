@@ -1,8 +1,8 @@
-"""The cross-deletion matrix: hide what one concept's heat points at, and see which concepts fall.
+"""The cross-deletion matrix: hide what one concept's heatmap points at, and see which concepts fall.
 
-The strongest fifth of a concept's heat is replaced by a blur of the image, and the network runs again. If the heat
-shows what the concept reads and the concepts read different things, a concept falls most when its own area is hidden.
-Areas of the same size at random places say how much any loss of pixels costs.
+The strongest fifth of a concept's heatmap is replaced by a blur of the image, and the network runs again. If the
+heatmap shows what the concept reads and the concepts read different things, a concept falls most when its own area is
+hidden. Areas of the same size at random places say how much any loss of pixels costs.
 
 Shape letters: B images, n concepts of a class, H W pixels.
 """
@@ -69,7 +69,7 @@ def cross_deletion(explainer: Explainer, layer: Layer, images: np.ndarray, conce
 
 
 def _top(heat: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(B, 1, H, W) bool: the strongest fifth of the pixels of heat (B, 1, h, w); nothing where there is no heat."""
+    """(B, 1, H, W) bool: the strongest fifth of the pixels of a heatmap (B, 1, h, w); nothing where it is zero."""
     large = torch.nn.functional.interpolate(heat, size=size, mode="bilinear", align_corners=False)
     flat = large.flatten(1)
     count = max(1, round(HIDDEN * flat.shape[1]))

@@ -1,4 +1,5 @@
-"""Other ways to draw where a concept of a pooled layer comes from, for single images: excitation, and I-GOS by choice.
+"""Other methods to draw where a concept of a pooled layer comes from, for single images: excitation, and I-GOS by
+choice.
 
 Excitation backpropagation (Zhang et al., "Top-down Neural Attention by Excitation Backprop", IJCV 2018) sends the
 probability of an x-feature down its encoder by ``P_in = a (W+^T (P_out / (W+ a)))``: captum's LRP with the
@@ -23,7 +24,7 @@ from netgloss.explainers.base import Explainer
 if TYPE_CHECKING:
     from netgloss.classifiers import Classifier
 
-Heat = Literal["gradient", "excitation", "igos"]
+HeatmapKind = Literal["gradient", "excitation", "igos"]
 
 
 def excitation_heatmaps(explainer: Explainer, maps: Tensor, concepts: Sequence[int]) -> Tensor:
@@ -54,10 +55,10 @@ def excitation_heatmaps(explainer: Explainer, maps: Tensor, concepts: Sequence[i
     return torch.stack(found, dim=1)
 
 
-def chosen_heat(
-    kind: Heat, explainer: Explainer, classifier: Classifier, layer: str, pixels: Tensor, activation: Tensor
+def chosen_heatmaps(
+    kind: HeatmapKind, explainer: Explainer, classifier: Classifier, layer: str, pixels: Tensor, activation: Tensor
 ) -> Callable[[list[int]], Tensor] | None:
-    """What draws the heat (len, h, w) of concepts in one image; None for "gradient", which needs nothing more.
+    """What draws the heatmaps (len, h, w) of concepts in one image; None for "gradient", which needs nothing more.
 
     Parameters
     ----------

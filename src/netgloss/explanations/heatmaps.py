@@ -2,7 +2,7 @@
 
 A pooled explainer reads the mean of a map, so every cell of the map has the same gradient and the map of a concept is
 ``max(0, sum_c a_c(h, w) dx / da_c)``, by captum's ``InputXGradient``. A cell sees its receptive field, which late
-layers spread over most of the image: the heat says which cells the concept reads, not which pixels.
+layers spread over most of the image: the heatmap shows which cells the concept reads, not which pixels.
 
 Shape letters: B images, C features, H W grid, K concepts.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def concept_heatmaps(encode: Callable[[Tensor], Tensor], maps: Tensor, concepts: Sequence[int]) -> Tensor:
-    """Heat (B, len(concepts), H, W) >= 0 of some concepts.
+    """Heatmaps (B, len(concepts), H, W) >= 0 of some concepts.
 
     Parameters
     ----------

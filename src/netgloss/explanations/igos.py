@@ -8,8 +8,8 @@ minimise over m::
 f is the concept's code over its code in the unchanged image. The step follows the gradient of the two penalties plus
 the mean gradient of f over the twenty masks m/20, 2m/20, .. m on noisy images (sd 0.2), its length found by
 backtracking from 200 (factor 0.2, Armijo constant 1e-4, at least 1e-5); 15 steps from m = 1. If f has fallen by at
-most 0.001 halfway, the weight of the first penalty is divided by 10; if by at most 0.01 at step 12, by 5. The heat is
-1 - m.
+most 0.001 halfway, the weight of the first penalty is divided by 10; if by at most 0.01 at step 12, by 5. The heatmap
+is 1 - m.
 
 Sources: Qi, Khorram & Fuxin, "Visualizing Deep Networks by Optimizing with Integrated Gradients", AAAI 2020, and its
 published code for the numbers; f for concepts is ours. Kernel 51 and sigma 50 of the blur are for 224 pixels and scale

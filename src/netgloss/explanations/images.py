@@ -1,4 +1,4 @@
-"""Single images explained: the one way, for ``netgloss show``, the images of the report and the served page.
+"""Single images explained: the one implementation, for ``netgloss show``, the images of the report and the served page.
 
 The logit of the explained class is split into ``base + contributions + gap``
 (:mod:`netgloss.metrics.faithfulness.importance`). The drivers are the concepts of the largest absolute contribution.

@@ -5,7 +5,7 @@ For an image of class t that the network takes for p, the margin of the mistake 
     logit_p - logit_t = sum_k (contribution_k to p - contribution_k to t) + rest
 
 The concept with the largest difference drove the mistake; where the rest (base, completeness gap and what the
-reconstruction loses) is larger than every concept's share, the concepts do not tell why, and the group says so.
+reconstruction loses) is larger than every concept's share, the concepts do not explain why, and the group says so.
 
 What this cannot show: the group is named after the largest of many shares, not after a cause. ``recognised_without``
 counts, among the mistakes that were replayed with the concept taken out (see ``removal.py``), those that end right.
@@ -29,7 +29,7 @@ _PAIRS = 4
 
 @dataclass(frozen=True)
 class Mistake:
-    """One image taken for another class; ``concept`` is None where the concepts do not tell why."""
+    """One image taken for another class; ``concept`` is None where the concepts do not explain why."""
 
     image: int
     label: int
@@ -52,8 +52,8 @@ def find_mistakes(
         rest = margin - float(split[b].sum())
         concept = int(split[b].argmax())
         share = float(split[b, concept])
-        told = share > 0 and share >= rest
-        found.append(Mistake(int(index[b]), t, p, concept if told else None, share if told else rest, margin))
+        explains = share > 0 and share >= rest
+        found.append(Mistake(int(index[b]), t, p, concept if explains else None, share if explains else rest, margin))
     return found
 
 

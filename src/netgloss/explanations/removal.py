@@ -4,9 +4,9 @@ With z the codes of an image, a its activation, f the tail and g the decoder, co
 
     z' = z with z_k scaled by s            logits(k, s) = logits + f(a + g(z') - g(z)) - f(a)
 
-Only what the decoder makes of the concept leaves the activation; what the concepts do not tell stays as it was, so that
-strength 1 is the network's own answer. An explainer that rebuilds class scores itself is replayed through them, and one
-that rebuilds layers above through those.
+Only what the decoder makes of the concept leaves the activation; what the concepts do not explain stays unchanged, so
+that strength 1 is the network's own answer. An explainer that rebuilds class scores itself is replayed through them,
+and one that rebuilds layers above through those.
 
 Where tail and decoder are affine, the logits are a straight line in s and several concepts add up: one point (s = 0)
 says everything, and every position of every slider is exact. Elsewhere the points of :data:`STRENGTHS` are computed for

@@ -1,10 +1,10 @@
-"""How alike the concepts of a run are: the nearest ones of each, and a flat map of all.
+"""How similar the concepts of a run are: the nearest ones of each, and a flat map of all.
 
 Similarity is the cosine of the directions where the explainer has a dictionary, else the Pearson correlation of the
 codes over rows. With S the similarities, the distance of two concepts is ``sqrt(2 - 2 S_ij)`` (for directions the
 length of the chord between them). Two layouts are made, both without chance: classical scaling (Torgerson 1952: the two
 leading eigenvectors of the centred S) and, from :data:`CROWD` concepts on, t-SNE (van der Maaten & Hinton 2008) started
-from it. The one that keeps more of each concept's nearest neighbours is shown, and how many it keeps is told beside
+from it. The one that keeps more of each concept's nearest neighbours is shown, and how many it keeps is reported with
 what a map drawn at random would keep: a flat map of many directions must tear some of them apart.
 
 Shape letters: K concepts.
@@ -67,10 +67,10 @@ def concept_map(similarity: Tensor, of: str) -> dict[str, Any] | None:
     count = len(similarity)
     if count < 3:
         return None
-    alike = similarity.double().numpy()
-    distance = np.sqrt(np.clip(2 - 2 * alike, 0, None))
+    cosine = similarity.double().numpy()
+    distance = np.sqrt(np.clip(2 - 2 * cosine, 0, None))
     nearest_count = min(_NEAREST, (count - 1) // 2)
-    flat = _scaled(alike)
+    flat = _scaled(cosine)
     candidates = {"classical scaling": flat}
     if CROWD <= count <= _LARGEST:
         candidates["t-SNE"] = _neighbour_embedding(distance, flat)
@@ -86,9 +86,9 @@ def concept_map(similarity: Tensor, of: str) -> dict[str, Any] | None:
     }
 
 
-def _scaled(alike: np.ndarray) -> np.ndarray:
+def _scaled(cosine: np.ndarray) -> np.ndarray:
     """Classical scaling of similarities to (K, 2); the largest coordinate of each axis is positive."""
-    centred = alike - alike.mean(axis=0) - alike.mean(axis=1)[:, None] + alike.mean()
+    centred = cosine - cosine.mean(axis=0) - cosine.mean(axis=1)[:, None] + cosine.mean()
     values, vectors = np.linalg.eigh(centred)
     points = vectors[:, [-1, -2]] * np.sqrt(np.clip(values[[-1, -2]], 0, None))
     strongest = np.abs(points).argmax(axis=0)
@@ -119,7 +119,7 @@ def _others(cost: np.ndarray) -> np.ndarray:
 
 
 def _into_unit_square(points: np.ndarray) -> np.ndarray:
-    """Shifted and scaled, both axes alike, so that the longer one spans [0, 1] and the other is centred."""
+    """Shifted and scaled, both axes equally, so that the longer one spans [0, 1] and the other is centred."""
     low, high = points.min(axis=0), points.max(axis=0)
     span = max(float((high - low).max()), 1e-12)
     return np.asarray((points - (low + high) / 2) / span + 0.5)

@@ -11,7 +11,7 @@ from netgloss.figures.consistency import (
     before_and_after,
     consistency_histograms,
     cosines_by_bin_chart,
-    heat_tile,
+    heatmap_tile,
 )
 from netgloss.figures.decoded import (
     READING,
@@ -38,7 +38,7 @@ __all__ = [
     "cosines_by_bin_chart",
     "decoded_triples",
     "difference_map",
-    "heat_tile",
+    "heatmap_tile",
     "history_curves",
     "image_explanation",
     "overlay_map",

@@ -1,4 +1,4 @@
-"""Charts of numbers: scores beside their baselines, training histories, histograms, the concepts of a class."""
+"""Charts of numbers: scores with their baselines, training histories, histograms, the concepts of a class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def score_chart(scores: Sequence[Mapping[str, Any]], *, columns: int = 3, titles: bool = True) -> Figure:
-    """Scores as a dot plot with intervals; one small panel a score, one row a baseline.
+    """Scores as a dot plot with intervals; one small panel per score, one row per baseline.
 
     The interval is drawn as a band through all rows: a baseline whose marker lies in it is not distinguishable.
 
@@ -38,7 +38,8 @@ def score_chart(scores: Sequence[Mapping[str, Any]], *, columns: int = 3, titles
 
 
 def history_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training curves: one panel a term, one line a seed; a logarithmic axis where a term spans over a factor of 30.
+    """Training curves: one panel per term, one line per seed; a logarithmic axis where a term spans over a factor of
+    30.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Charts of a comparison: one metric over all methods beside its controls, and fidelity against sparsity."""
+"""Charts of a comparison: one metric over all methods with its controls, and fidelity against sparsity."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def method_dots(
     *,
     title: str = "",
 ) -> Figure:
-    """One metric of every method as a dot with its 95 % interval, one row a method, its own controls in grey.
+    """One metric of every method as a dot with its 95 % interval, one row per method, its own controls in grey.
 
-    A full dot beats random, a hollow one cannot be told from it, a crossed one is worse (see ``comparison/result.py``).
-    The axis covers all intervals; it starts at 0 only if the data do.
+    A full dot beats random, a hollow one is not distinguishable from it, a crossed one is worse (see
+    ``evaluation/scores.py``). The axis covers all intervals; it starts at 0 only if the data do.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def front(
     y_higher_is_better: bool = True,
     log_x: bool = False,
 ) -> Figure:
-    """One score against another, with intervals both ways, and the line of methods that no other beats in both.
+    """One score against another, with intervals on both axes, and the line of methods that no other beats in both.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ _DROPS = (-3, -12, 6, -21, 15, -30, 24, -39)
 
 
 def _label(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    """Names beside their dots; one whose place is taken moves up or down."""
+    """Names next to their dots; one whose place is taken moves up or down."""
     from matplotlib.transforms import Bbox
 
     figure = axes.get_figure(root=True)
@@ -162,7 +162,7 @@ def _label(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
             text.remove()
 
 
-def told(score: Mapping[str, Any] | None) -> str:
+def value_text(score: Mapping[str, Any] | None) -> str:
     """``value (low .. high)`` of a score record, or a dash."""
     if score is None or score["value"] is None:
         return "–"

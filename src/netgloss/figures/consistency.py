@@ -27,12 +27,12 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _SMALLEST_TILE = 96
 
 
-def heat_tile(
+def heatmap_tile(
     image: Array, concept_map: Array | None, *, high: float, threshold: float | None = None
 ) -> npt.NDArray[np.uint8]:
-    """An image (H, W[, 3]) with a unit's map (h, w) as heat and a white line where it reaches ``threshold``.
+    """An image (H, W[, 3]) with a unit's map (h, w) as a heatmap and a white line where it reaches ``threshold``.
 
-    Images smaller than 96 pixels are enlarged by a whole factor. ``high`` is the top of the heat's scale; below 0
+    Images smaller than 96 pixels are enlarged by a whole factor. ``high`` is the top of the heatmap's scale; below 0
     nothing is drawn.
     """
     rgb = _rgb(image)
@@ -133,7 +133,7 @@ def accuracy_by_eps(arms: Mapping[str, Mapping[float, Sequence[float]]]) -> Figu
 
     Parameters
     ----------
-    arms : by name: eps -> accuracies, one a seed. "original" is drawn in the colour of baselines, dashed.
+    arms : by name: eps -> accuracies, one per seed. "original" is drawn in the colour of baselines, dashed.
     """
     if not arms:
         raise UserError("accuracy_by_eps needs at least one arm")

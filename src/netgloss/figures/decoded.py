@@ -69,7 +69,7 @@ class Triple:
 
     @property
     def reference_invalid(self) -> bool:
-        """True if the reference is worse than the decoded image: the triple then tells nothing of the classifier."""
+        """True if the reference is worse than the decoded image: the triple then says nothing about the classifier."""
         return self.reference is not None and self.rec_reference > self.rec
 
 
@@ -179,8 +179,8 @@ def concept_strip(pictures: Sequence[ConceptPictures], *, visibility: str, title
         axes[row][4].imshow(went, cmap="viridis", vmin=0, vmax=limit, interpolation="nearest")
         _bare(axes[row][4])
         _draw(axes[row][5], given.alone)
-        told = f"logit {number(given.logit_change, signed=True)}"
-        axes[row][3].set_xlabel("\n".join([told, *given.notes]), fontsize=6, color=INK)
+        change = f"logit {number(given.logit_change, signed=True)}"
+        axes[row][3].set_xlabel("\n".join([change, *given.notes]), fontsize=6, color=INK)
     for column, head in enumerate(heads):
         axes[0][column].set_title(head, fontsize=7, color=INK)
     figure.suptitle(f"{title}\n{visibility}".strip(), fontsize=8, color=INK)

@@ -33,7 +33,7 @@ def concept_contours(
     title: str = "",
     columns: int = 6,
 ) -> Figure:
-    """Where each concept is on, as a contour over its image, beside the annotator's mask.
+    """Where each concept is on, as a contour over its image, together with the annotator's mask.
 
     Maps are upsampled bilinearly with free corners, then cut at the threshold, as the score does. The concept is the
     solid light line, the mask of its label the shaded area with a dashed outline.

@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 def overlay_map(
     image: Array, concept_map: Array, *, low: float | None = None, high: float | None = None, alpha: float = 0.75
 ) -> npt.NDArray[np.float32]:
-    """A concept map as translucent heat over an image.
+    """A concept map as a translucent heatmap over an image.
 
     The map is upsampled bilinearly (cell centres, edges held). Where ``low >= 0`` the strength is
     ``v = clip((map - low) / (high - low), 0, 1)`` and the pixel ``(1 - alpha v) image + alpha v viridis(v)``: nothing
@@ -166,7 +166,7 @@ def _draw_map(axes: Axes, shown: ExplainedImage, k: int) -> None:
 
 
 def weighted_overlay(image: Array, concept_map: Array, strength: float) -> npt.NDArray[np.float32]:
-    """A concept's heat as the XNN papers draw it: ``(1 - m^0.8) image + m^0.8 jet(m)``, dimmed by its contribution.
+    """A concept's heatmap as the XNN papers draw it: ``(1 - m^0.8) image + m^0.8 jet(m)``, dimmed by its contribution.
 
     The map is scaled to [0, 1], resized bicubically, smoothed by a Gaussian of 2 % of the longer side and scaled again.
     The brightness is ``0.3 + 0.7 strength``.
@@ -235,7 +235,7 @@ def _show(
     high: float = 1.0,
     threshold: float | None = None,
 ) -> None:
-    """Draw an image, with heat and contour where there is a map."""
+    """Draw an image, with heatmap and contour where there is a map."""
     axes.set_axis_off()
     if concept_map is None:
         axes.imshow(_rgb(image))

@@ -36,7 +36,7 @@ def part_gallery(
     Parameters
     ----------
     rows : for each filter, (image (H, W, 3) in [0, 1], map (h, w), landmark (x, y) in pixels or None) of each picture.
-    captions : one a row.
+    captions : one per row.
     """
     if not rows or len(rows) != len(captions) or not all(rows):
         raise UserError(f"expected as many captions as rows of pictures, got {len(captions)} and {len(rows)}")

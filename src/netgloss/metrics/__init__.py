@@ -1,7 +1,7 @@
-"""Scores of explainers: one file a question, each metric a torchmetrics ``Metric`` over pure functions.
+"""Scores of explainers: one file per question, each metric a torchmetrics ``Metric`` over pure functions.
 
 ``image_metrics()`` and ``dictionary_metrics()`` list all of them; ``image_score`` and ``dictionary_score`` make the
-record of ``scores.json`` from one fit a seed. docs/metrics.md defines each and says what it cannot show.
+record of ``scores.json`` from one fit per seed. docs/metrics.md defines each and says what it cannot show.
 
 Importing this package imports torchmetrics (which itself imports torchvision and matplotlib where they are installed),
 so it is imported where scores are made, never by ``import netgloss``.

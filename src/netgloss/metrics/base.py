@@ -1,13 +1,13 @@
-"""The contract of every metric: one record a number, an interval for it, and sums that stream.
+"""The contract of every metric: one record per number, an interval for it, and sums that stream.
 
 An :class:`ImageMetric` is a function of sums over images. :meth:`ImageMetric.update` adds each image's statistics once
 to the value's sums and, with Poisson(1) weights, to the sums of R bootstrap replicates (Chamandy et al. 2012,
 "Estimating uncertainty for massive data streams"). The weights are a hash of (image index, replicate): an interval
 depends neither on the batches, nor on their order, nor on how many processes shared the work, and two explainers seen
-on the same images are resampled alike (so differences of replicates are paired). Memory does not grow with the number
-of images.
+on the same images are resampled in the same way (so differences of replicates are paired). Memory does not grow with
+the number of images.
 
-A :class:`DictionaryMetric` reads only the fitted dictionaries, one a seed.
+A :class:`DictionaryMetric` reads only the fitted dictionaries, one per seed.
 
 Both kinds are found by :func:`image_metrics` and :func:`dictionary_metrics` in every module of this package: a new
 metric is one class in one file.
@@ -40,7 +40,7 @@ UNBOUNDED: Bounds = (-math.inf, math.inf)
 
 @dataclass(frozen=True)
 class Score:
-    """One number with everything needed to judge it; :meth:`to_dict` is a record of ``scores.json``.
+    """One number with everything needed to assess it; :meth:`to_dict` is a record of ``scores.json``.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class ImageMetric(Metric):
     def __init__(self, *, replicates: int = REPLICATES, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # Row 0 holds the plain sums, row 1 + r those of replicate r; column 0 counts images. One column, all zero,
-        # stands for any width until the first image: it broadcasts.
+        # represents any width until the first image: it broadcasts.
         self.add_state("totals", torch.zeros(1 + replicates, 1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def statistics(self, *args: Any, **inputs: Any) -> Tensor:
@@ -139,7 +139,7 @@ class ImageMetric(Metric):
 
         Raises
         ------
-        UserError : if an input is missing, or does not have one entry an image.
+        UserError : if an input is missing, or does not have one entry per image.
         """
         missing = [name for name in self.inputs if name not in inputs]
         if missing:
@@ -250,7 +250,7 @@ def interval(values: Tensor, replicates: Tensor | None = None, *, bounds: Bounds
 
     Parameters
     ----------
-    values : (S,) one value a seed.
+    values : (S,) one value per seed.
     replicates : (S, R) the bootstrap replicates of each; None for metrics that see no images (first term 0).
     bounds : range of the metric; the interval is cut there.
 
@@ -309,7 +309,7 @@ def image_score(runs: Sequence[ImageMetric], *, baselines: Mapping[str, float | 
 
 
 class DictionaryMetric:
-    """A score of fitted dictionaries (K, C), one a seed; class attributes as in :class:`ImageMetric`.
+    """A score of fitted dictionaries (K, C), one per seed; class attributes as in :class:`ImageMetric`.
 
     Subclasses give :meth:`value` of one dictionary, or override :meth:`estimate` if they compare several.
     """
@@ -332,7 +332,7 @@ class DictionaryMetric:
 def dictionary_score(
     metric: DictionaryMetric, dictionaries: Sequence[Tensor], *, baselines: Mapping[str, float | None] | None = None
 ) -> Score:
-    """The record of one or several dictionaries (K, C) of the same method, one a seed; ``n`` counts concepts."""
+    """The record of one or several dictionaries (K, C) of the same method, one per seed; ``n`` counts concepts."""
     value, low, high = metric.estimate(dictionaries)
     return Score(
         metric=metric.name,

@@ -16,7 +16,8 @@ from torch import Tensor
 from netgloss.metrics.base import ImageMetric, check_same_shape
 
 _BLUR = (
-    " The classifier never saw blurred images: this measures blur as well as content. Read it only beside the same "
+    " The classifier never saw blurred images: this measures blur as well as content. Read it only together with the "
+    "same "
     "number for the original at the decode size (original_resized) and for the reference."
 )
 
@@ -57,7 +58,7 @@ class RecRefAE(ImageMetric):
     definition = (
         "The same error for the reference autoencoder: an encoder trained for reconstruction, with the same code shape "
         "and decoder. It says what this decoder can draw from a code of this size. Above rec_cladec the reference is "
-        "too weak to tell anything. It cannot show what a better reference would reach."
+        "too weak to conclude anything. It cannot show what a better reference would reach."
     )
 
     def statistics(self, *, image: Tensor, reference: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def random_dictionary(
     scale : (C,) standard deviation of each feature in the layer, so that the random directions favour the same features
         as the layer does; default 1 (uniform directions).
     nonnegative : take absolute values. Dictionaries of one sign (NMF, cluster centres after a ReLU) point into one
-        orthant, where random directions are alike as well: |cos| near 2 / pi.
+        orthant, where random directions are similar as well: |cos| near 2 / pi.
     """
     atoms = torch.randn(num_concepts, num_features, generator=generator, dtype=torch.float64)
     atoms = atoms if scale is None else atoms * scale.detach().cpu().double()

@@ -121,7 +121,7 @@ class LogitRMSE(ImageMetric):
     definition = (
         "Root mean squared difference between the logit of each image's predicted class and the one rebuilt from the "
         "concepts, in logits. 0 is perfect. It cannot show that the concepts mean anything: a single one that copies "
-        "the logit has 0 as well. Read it beside the significant concepts and the neurons rebuilt."
+        "the logit has 0 as well. Read it together with the significant concepts and the neurons rebuilt."
     )
 
     def statistics(self, *, logits: Tensor, logits_rebuilt: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Participation(ImageMetric):
 
 
 class NeuronsRebuilt(ImageMetric):
-    """Share of the layer's features that the reconstruction tells."""
+    """Share of the layer's features that the reconstruction recovers."""
 
     name = "neurons_rebuilt"
     higher_is_better = True

@@ -7,7 +7,8 @@
 phi* belongs to an adversarial image made from x (class y) towards t; below 1 is the good side. Dong et al., arXiv
 1708.05493, print two distance ratios whose definitions are unknown: these two are ours and are not theirs.
 
-A shrunken or collapsed phi can raise consistency and lower any distance, so norms and ranks stand beside the scores.
+A shrunken or collapsed phi can raise consistency and lower any distance, so norms and ranks are reported with the
+scores.
 
 Shape letters: N, M images, D features, U units.
 """

@@ -1,8 +1,8 @@
-"""Where a concept's heat lies among annotated parts: one part or many, and the same one each time.
+"""Where a concept's heatmap lies among annotated parts: one part or many, and the same one each time.
 
-For one image, the heat (H, W) >= 0 is cut into the annotated parts (the share of each cell that a part covers), and
-what lies on none of them is background, told apart. Masses are divided by the parts' areas, so that uniform heat is
-spread evenly over the parts, however large they are. All formulas are ours: those of the XNN paper were not
+For one image, the heatmap (H, W) >= 0 is cut into the annotated parts (the share of each cell that a part covers), and
+what lies on none of them is background, kept apart. Masses are divided by the parts' areas, so that a uniform heatmap
+is spread evenly over the parts, however large they are. All formulas are ours: those of the XNN paper were not
 available.
 
 Shape letters: H, W grid, P parts, K concepts.
@@ -22,7 +22,7 @@ _EPS = 1e-12
 
 
 def part_shares(heat: Array, covers: Mapping[str, Array], parts: Sequence[str]) -> tuple[Array, float]:
-    """Share of each part in a heat map, corrected for area, and the background's share of the mass.
+    """Share of each part in a heatmap, corrected for area, and the background's share of the mass.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def part_shares(heat: Array, covers: Mapping[str, Array], parts: Sequence[str]) 
 
     Returns
     -------
-    (P,) that sum to 1 over the visible parts (all NaN if no heat falls on any), and the background in [0, 1].
+    (P,) that sum to 1 over the visible parts (all NaN if the heatmap is zero on all), and the background in [0, 1].
     """
     mass = np.full(len(parts), np.nan)
     inside = 0.0
@@ -53,7 +53,7 @@ class PartProfile:
     Attributes
     ----------
     shares : (K, P) mean share of each part, rows sum to 1; NaN rows for concepts without an image.
-    locality : (K,) ``1 - H(shares) / log P``: 1 is one part, 0 is all parts alike.
+    locality : (K,) ``1 - H(shares) / log P``: 1 is one part, 0 is all parts equally.
     covered : (K,) parts that it takes to reach 80 % of a concept's mass.
     covered_by_any : parts with a share of at least 2 / P in some concept.
     overlap : mean cosine of pairs of rows (part orthogonality; 0 is best); NaN with fewer than two concepts.

@@ -1,13 +1,13 @@
-"""Does a concept's peak follow a part of the object? Location instability, beside what positions alone give.
+"""Does a concept's peak follow a part of the object? Location instability, compared with what positions alone give.
 
-Of each image, a concept tells a strength v (the maximum of its map) and a place p (the centre of that cell, in pixels
+Of each image, a concept gives a strength v (the maximum of its map) and a place p (the centre of that cell, in pixels
 of the network's input). For a landmark k, over the ``top`` images of largest v among those that have k exactly once::
 
     d = |p - p_k|          D_fk = standard deviation of d (N - 1)          D_f = mean_k D_fk / diagonal of the input
-    ratio_f = D_f / D_f(the same places dealt to other images)
+    ratio_f = D_f / D_f(the same places permuted over images)
 
 A concept that always peaks at the same place has ratio 1 exactly, whatever its D: a constant at the image centre
-reaches D = 0.07 on the authors' own annotations, below most published values, so D never stands alone here.
+reaches D = 0.07 on the authors' own annotations, below most published values, so D is never reported alone here.
 
 Source: D_f as in the code of Zhang, Wu & Zhu, "Interpretable Convolutional Neural Networks" (arXiv 1710.00935): top
 100 images, sample deviation, mean over landmarks. Ours: the ratio, the spread, the best landmark, the version without
@@ -51,7 +51,7 @@ class Location:
 
     Attributes
     ----------
-    instability : D_f. shuffled : D_f of the places dealt to other images. spread : of the places over the images.
+    instability : D_f. shuffled : D_f of the places permuted over images. spread : of the places over the images.
     """
 
     by_landmark: Tensor
@@ -123,7 +123,7 @@ def locate(
     """
     if len(peaks.places) != len(landmarks):
         raise UserError(f"peaks of {len(peaks.places)} images came with landmarks of {len(landmarks)}")
-    found, dealt = [], []
+    found, permuted = [], []
     generator = torch.Generator().manual_seed(seed)
     for k in range(landmarks.shape[1]):
         has = landmarks[:, k, 0].isfinite()
@@ -136,10 +136,10 @@ def locate(
         found.append(_deviation((places - targets).norm(dim=2)))
         orders = [torch.randperm(count, generator=generator) for _ in range(shuffles)]
         others = [_deviation((places[order] - targets).norm(dim=2)) for order in orders]
-        dealt.append(torch.stack(others).nanmean(dim=0))
+        permuted.append(torch.stack(others).nanmean(dim=0))
     spread = peaks.places.masked_fill((peaks.strength == -math.inf)[:, :, None], math.nan)
     spread_K = (_deviation(spread[..., 0]).square() + _deviation(spread[..., 1]).square()).sqrt()
-    return Location(torch.stack(found, 1) / diagonal, torch.stack(dealt, 1) / diagonal, spread_K / diagonal)
+    return Location(torch.stack(found, 1) / diagonal, torch.stack(permuted, 1) / diagonal, spread_K / diagonal)
 
 
 def _deviation(values: Tensor) -> Tensor:
@@ -153,8 +153,8 @@ def _deviation(values: Tensor) -> Tensor:
 def trivial_peaks(
     landmarks: Tensor, *, grid: tuple[int, int], size: tuple[int, int], seed: int = 0
 ) -> dict[str, Peaks]:
-    """The predictors that always stand beside a score: ``constant_centre``, ``random_cell`` (a new one an image, 64
-    draws) and ``true_part`` (each landmark's own place, on the grid: one concept a landmark)."""
+    """The trivial predictors that every score is compared with: ``constant_centre``, ``random_cell`` (a new one per
+    image, 64 draws) and ``true_part`` (each landmark's own place, on the grid: one concept a landmark)."""
     generator = torch.Generator().manual_seed(seed)
     number, parts = len(landmarks), landmarks.shape[1]
     side = torch.tensor([size[1] / grid[1], size[0] / grid[0]], dtype=torch.float64)

@@ -7,7 +7,7 @@ is no dictionary (:class:`CodeCorrelation`). Fel et al. 2023, "A holistic approa
 extraction and concept importance estimation", measures the same up to the choice of similarity.
 
 Both are above zero for dictionaries without meaning, more so if they are non-negative or low-dimensional: read them
-beside :func:`random_stability` and :func:`shuffled_stability`.
+compared with :func:`random_stability` and :func:`shuffled_stability`.
 
 Shape letters: B images, K concepts, C features, N rows, S seeds.
 """

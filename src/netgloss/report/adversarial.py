@@ -34,7 +34,9 @@ def build_adversarial_report(run_folder: Path) -> str:
 
     folder = Path(run_folder)
     if not (folder / "result.json").exists():
-        raise UserError(f"the run in {str(folder)!r} is not finished (no result.json); run its command again to go on")
+        raise UserError(
+            f"the run in {str(folder)!r} is not finished (no result.json); run its command again to continue"
+        )
     run, result = read_json(folder / "run.json"), read_json(folder / "result.json")
     scores = read_json(folder / "scores.json") if (folder / "scores.json").exists() else []
     try:
@@ -67,12 +69,12 @@ def _consistency_page(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]
         charts[layer] = {}
         if any(groups.values()):
             figure = figures.consistency_histograms(groups, null=_floats(record["random"].get("real", ())))
-            told = f"Histograms of consis_cal of the units of {layer}, with random directions as an outline"
-            charts[layer]["histogram"] = figures.to_svg(figure, prefix=f"h{place}-", description=told)
+            description = f"Histograms of consis_cal of the units of {layer}, with random directions as an outline"
+            charts[layer]["histogram"] = figures.to_svg(figure, prefix=f"h{place}-", description=description)
         if record["bins"]:
             figure = figures.cosines_by_bin_chart({layer: record["bins"]})
-            told = f"CS1 and CS2 of the units of {layer} by their consistency on real images"
-            charts[layer]["cosines"] = figures.to_svg(figure, prefix=f"c{place}-", description=told)
+            description = f"CS1 and CS2 of the units of {layer} by their consistency on real images"
+            charts[layer]["cosines"] = figures.to_svg(figure, prefix=f"c{place}-", description=description)
         files = [
             e["image"] for unit in result["gallery"].get(layer, ()) for e in unit["real"] + unit.get("adversarial", [])
         ]
@@ -117,8 +119,8 @@ def _harden_page(folder: Path, run: Mapping[str, Any], result: Mapping[str, Any]
         pairs = (original["calibrated"]["adversarial"], each[name]["calibrated"]["adversarial"])
         if len(pairs[0]) == len(pairs[1]):
             figure = figures.before_and_after(*(_holes(v) for v in pairs), label="consis_cal on V")
-            told = f"consis_cal on V of every channel after arm {name} over before"
-            charts[f"scatter {name}"] = figures.to_svg(figure, prefix=f"s{len(charts)}-", description=told)
+            description = f"consis_cal on V of every channel after arm {name} over before"
+            charts[f"scatter {name}"] = figures.to_svg(figure, prefix=f"s{len(charts)}-", description=description)
         groups = {}
         for title, record in (("before", original), (f"after {name}", each[name])):
             for part, label in (("real", "R"), ("adversarial", "V")):
@@ -126,8 +128,8 @@ def _harden_page(folder: Path, run: Mapping[str, Any], result: Mapping[str, Any]
         if any(groups.values()):
             null = _floats(original["random"].get("real", ()))
             figure = figures.consistency_histograms(groups, null=null, columns=2)
-            told = f"Histograms of consis_cal on real and adversarial images before and after arm {name}"
-            charts[f"histogram {name}"] = figures.to_svg(figure, prefix=f"g{len(charts)}-", description=told)
+            description = f"Histograms of consis_cal on real and adversarial images before and after arm {name}"
+            charts[f"histogram {name}"] = figures.to_svg(figure, prefix=f"g{len(charts)}-", description=description)
     history = read_history(folder / "history.jsonl") if (folder / "history.jsonl").exists() else []
     shown = [
         {k: v for k, v in line.items() if k != "arm" and not k.startswith("check_")}

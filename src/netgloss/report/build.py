@@ -98,7 +98,7 @@ def _score_data(score: dict[str, Any]) -> dict[str, Any]:
     judged = verdicts.verdict(score)
     seeds = len(score["seeds"]) if isinstance(score["seeds"], list) else score["seeds"]
     count = seeds if isinstance(seeds, int) else None
-    return score | {"seeds": count, "standing": judged.standing, "told": judged.told, "marks": judged.marks}
+    return score | {"seeds": count, "standing": judged.standing, "told": judged.words, "marks": judged.marks}
 
 
 def _rounded(value: Any) -> Any:
@@ -123,7 +123,7 @@ def _heat_colours() -> str:
 def _score_charts(files: RunFiles) -> list[str]:
     charts = []
     for i, score in enumerate(files.scores or []):
-        shown = f"{verdicts.pretty(score['metric'])}: {number(score['value'])}, {verdicts.verdict(score).told}"
+        shown = f"{verdicts.pretty(score['metric'])}: {number(score['value'])}, {verdicts.verdict(score).words}"
         figure = figures.score_chart([score], titles=False)
         charts.append(figures.to_svg(figure, prefix=f"score{i}-", description=shown))
     return charts

@@ -1,4 +1,4 @@
-"""Definitions that the report prints beside the numbers: the run's method, its options, and what each baseline is.
+"""Definitions that the report prints with the numbers: the run's method, its options, and what each baseline is.
 
 A method's text is the docstring that opens its file, an option's the docstring under its field: they are read from the
 source without importing it. A method of the user's own (``path/to/file.py:Class``) is not read: a run folder must not

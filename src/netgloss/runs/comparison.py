@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from netgloss.errors import UserError
-from netgloss.figures.comparison import told
+from netgloss.figures.comparison import value_text
 from netgloss.runs.run import read_json, to_json
 
 SYMBOLS = {
@@ -71,10 +71,10 @@ class Comparison:
 
     def cell(self, method: str, metric: str) -> str:
         """``value (low .. high)`` with ``≈`` for "not distinguishable from random" and ``↓`` for worse."""
-        return f"{told(self.score(method, metric))} {SYMBOLS[self.mark(method, metric)]}".rstrip()
+        return f"{value_text(self.score(method, metric))} {SYMBOLS[self.mark(method, metric)]}".rstrip()
 
     def to_csv(self) -> str:
-        """One line a method and metric, with its baselines in columns of their own."""
+        """One line per method and metric, with its baselines in columns of their own."""
         scores = [(name, self.score(name, metric)) for name in self.methods for metric in self.metrics]
         given = [(name, score) for name, score in scores if score is not None]
         baselines = list(dict.fromkeys(b for _, score in given for b in score["baselines"]))
@@ -87,8 +87,8 @@ class Comparison:
                 name,
                 *(_plain(score[f]) for f in ("metric", "value", "low", "high", "n", "seeds", "higher_is_better")),
             ]
-            beside = [_plain(score["baselines"].get(b)) for b in baselines]
-            writer.writerow([_harmless(own[0]), *own[1:], self.mark(name, score["metric"]), *beside])
+            baseline_values = [_plain(score["baselines"].get(b)) for b in baselines]
+            writer.writerow([_harmless(own[0]), *own[1:], self.mark(name, score["metric"]), *baseline_values])
         return buffer.getvalue()
 
     def kind(self, name: str) -> str:

@@ -50,7 +50,7 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"{str(folder)!r} is not a run folder: it has no run.json")
     if not (folder / "concepts.json").is_file():
         raise UserError(
-            f"the run in {str(folder)!r} is not finished (no concepts.json); run its command again to go on, or, "
+            f"the run in {str(folder)!r} is not finished (no concepts.json); run its command again to continue, or, "
             "after fit, netgloss evaluate"
         )
     run = _read(folder / "run.json", Manifest)

@@ -54,9 +54,9 @@ def _scores(files: RunFiles) -> str:
     for score in headline_scores(files.scores, _SCORES):
         low, high = score["low"], score["high"]
         interval = "–" if low is None or high is None else f"{number(low)} to {number(high)}"
-        cells = [_text(pretty(score["metric"])), number(score["value"]), interval, _text(verdict(score).told, 80)]
+        cells = [_text(pretty(score["metric"])), number(score["value"]), interval, _text(verdict(score).words, 80)]
         rows.append(cells)
-    return _table(["score", "value", "95 % interval", "beside its baselines"], rows)
+    return _table(["score", "value", "95 % interval", "compared with its baselines"], rows)
 
 
 def _concepts(files: RunFiles) -> str:

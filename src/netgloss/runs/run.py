@@ -125,7 +125,9 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, manifest: dict[str, Any]) -> Run:
-        """A new run folder, or the one already there if it was made with the same settings (to go on or to redo)."""
+        """A new run folder, or the one already there if it was made with the same settings (to continue or to
+        repeat).
+        """
         path = Path(path)
         fresh = {
             "format_version": FORMAT_VERSION,
@@ -194,9 +196,9 @@ class Run:
     def store(self) -> str:
         """Where the activations are, or were; those inside the folder are found wherever it was moved."""
         self._check_kind()
-        told, inside = str(self._entry("store", str)), self.path / "activations.zarr"
-        moved = Path(told).name == inside.name and not os.path.exists(told) and inside.is_dir()
-        return str(inside) if moved else told
+        recorded, inside = str(self._entry("store", str)), self.path / "activations.zarr"
+        moved = Path(recorded).name == inside.name and not os.path.exists(recorded) and inside.is_dir()
+        return str(inside) if moved else recorded
 
     def check_store(self, store: Store) -> None:
         """Raises :class:`UserError` if the run was fitted on another store."""

@@ -28,10 +28,10 @@ LARGE_GAP = 0.1
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a score stands to its baselines: ``standing`` is the worst over them, ``told`` says it in words."""
+    """How a score compares with its baselines: ``standing`` is the worst over them, ``words`` says it in words."""
 
     standing: Standing
-    told: str
+    words: str
     marks: dict[str, Standing] = field(default_factory=dict)
 
 
@@ -63,7 +63,7 @@ def verdict(score: dict[str, Any]) -> Verdict:
     if value is None:
         return Verdict("none", "not defined here")
     if better is None or score.get("metric") in DESCRIPTIVE:
-        return Verdict("none", "describes, does not judge")
+        return Verdict("none", "describes only")
     if not baselines:
         return Verdict("none", "no baseline to compare with")
     low = value if score["low"] is None else score["low"]
@@ -122,11 +122,11 @@ def what_it_holds(files: RunFiles) -> list[Answer]:
 
 def how_well(files: RunFiles) -> list[Answer]:
     """How many scores beat their baselines, and how completely the contributions rebuild the logits."""
-    judged = [v for s in files.scores or [] if (v := verdict(s)).standing != "none"]
+    scored = [v for s in files.scores or [] if (v := verdict(s)).standing != "none"]
     answers = []
-    if judged:
-        better = sum(v.standing == "better" for v in judged)
-        answers.append(Answer(f"{better} of {count(len(judged), 'judged score')} beat every baseline.", "#/scores"))
+    if scored:
+        better = sum(v.standing == "better" for v in scored)
+        answers.append(Answer(f"{better} of {count(len(scored), 'score')} beat every baseline.", "#/scores"))
     gap = files.concepts["importance"]["completeness_gap"]
     if gap and gap["mean_abs"] is not None:
         relative = "" if gap["relative"] is None else f" ({percent(gap['relative'])} of it)"
@@ -144,14 +144,16 @@ def what_to_distrust(files: RunFiles, missing: list[str]) -> list[Answer]:
     found: list[Answer] = []
     if files.scores is None:
         found.append(Answer("Nothing was scored in this run: how well the concepts hold is unknown.", grave=True))
-    for standing, told in (("worse", "Worse than"), ("tie", "Not distinguishable from")):
+    for standing, phrase in (("worse", "Worse than"), ("tie", "Not distinguishable from")):
         by_baseline: dict[str, list[str]] = {}
         for score in files.scores or []:
             for baseline, mark in verdict(score).marks.items():
                 if mark == standing:
                     by_baseline.setdefault(pretty(baseline), []).append(brief(pretty(score["metric"])))
         for baseline, metrics in by_baseline.items():
-            found.append(Answer(f"{told} {brief(baseline)} in {listed(metrics, 5)}.", "#/scores", standing == "worse"))
+            found.append(
+                Answer(f"{phrase} {brief(baseline)} in {listed(metrics, 5)}.", "#/scores", standing == "worse")
+            )
     found += [Answer(text, "#/run") for text in run["warnings"]]
     gap = files.concepts["importance"]["completeness_gap"]
     if gap and gap["relative"] is not None and gap["relative"] > LARGE_GAP:

@@ -158,9 +158,9 @@ def fit_together(
     try:
         trainings = []
         for number, (explainer, checkpoint) in enumerate(zip(explainers, saved, strict=True)):
-            tell = None if log is None else partial(_tell, log, number)
+            numbered = None if log is None else partial(_log_numbered, log, number)
             _adopt(explainer, stream)
-            trainings.append(_ExplainerTraining(explainer, stream, seed, fabric, checkpoint, options, tell))
+            trainings.append(_ExplainerTraining(explainer, stream, seed, fabric, checkpoint, options, numbered))
         _train(trainings, stream, seed, fabric, progress)
         for explainer in explainers:
             explainer.cpu().eval()
@@ -177,7 +177,7 @@ def _adopt(explainer: Explainer, stream: ActivationStream) -> None:
         explainer.adopt(section().cpu())
 
 
-def _tell(log: Callable[[dict[str, Any]], None], number: int, line: dict[str, Any]) -> None:
+def _log_numbered(log: Callable[[dict[str, Any]], None], number: int, line: dict[str, Any]) -> None:
     log({"dictionary": number, **line})
 
 

@@ -1,7 +1,7 @@
 """What a fit reads: the stream of a layer, with whatever of the network around it the method asks for.
 
 A method says by ``needs`` which fields of a training batch it wants. Most want activations only, and then neither the
-images nor the network are touched; the others get the layers above, the images, or differentiable ways to the logits.
+images nor the network are touched; the others get the layers above, the images, or differentiable paths to the logits.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def open_stream(
 
 
 def _add_masks(stream: ActivationStream, config: Any, classifier: Classifier, source: ImageSource | None) -> None:
-    """Lets the rows tell which annotated labels they show: ``labelled`` and ``mask_labels``."""
+    """Lets the rows report which annotated labels they show: ``labelled`` and ``mask_labels``."""
     from netgloss.activations.annotated import MaskedLayer
     from netgloss.data import open_images
 

@@ -230,10 +230,10 @@ class ActivationStream:
                 batch.logits = logits[place]
             batch.labels = torch.from_numpy(self.labels[index.numpy()])
         if "upper" in fields or "image" in fields:
-            beside = self._block_beside(block)
-            batch.upper = {name: beside[name][place].float() for name in self.around.upper}
+            others = self._other_block(block)
+            batch.upper = {name: others[name][place].float() for name in self.around.upper}
             if self.around.pixels is not None:
-                batch.image = beside[""][place].float().div_(255)
+                batch.image = others[""][place].float().div_(255)
         if "to_logits" in fields:
             batch.to_logits = self.around.to_logits
         if "to_code" in fields:
@@ -253,7 +253,7 @@ class ActivationStream:
             images = block[picks]
         batch.tail = self.around.tail(images)
 
-    def _block_beside(self, block: np.ndarray) -> dict[str, Tensor]:
+    def _other_block(self, block: np.ndarray) -> dict[str, Tensor]:
         """Upper activations by layer, and the pixels under "", of the block in use, kept until another one is."""
         if not np.array_equal(self._beside[0], block):
             found = {name: torch.from_numpy(self.store.read(name, block)) for name in self.around.upper}

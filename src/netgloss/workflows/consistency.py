@@ -2,10 +2,10 @@
 
 ::
 
-    units.csv      one row a unit and layer
+    units.csv      one row per unit and layer
     result.json    settings, affinity, attack, summaries a layer, controls, histograms, galleries
-    scores.json    consis_cal a layer, with random directions and the untrained network beside it
-    images/        top images of the units shown, with heat
+    scores.json    consis_cal per layer, with random directions and the untrained network as baselines
+    images/        top images of the units shown, with heatmaps
     run.json, report.html
 
 Each seed draws other images (where fewer than all are asked for), targets and starts; the report shows the first seed.
@@ -146,7 +146,7 @@ def consistency(
         data = data.stratified(options.max_images, seed=seed)
         top_set_size(data.probe_labels, k=options.k)  # refuses too few images before minutes of attack
         affinities, provenance = affinity.build(classifier, data)
-        made = attack_probe(
+        adversarial = attack_probe(
             pixels,
             data,
             attack,
@@ -162,13 +162,13 @@ def consistency(
             data,
             units.layers,
             affinities,
-            adversarial=made,
+            adversarial=adversarial,
             encoders=units.encoders,
             untrained=untrained if first else None,
             options=UnitOptions(options.controls, options.pooling, options.k, options.null_draws if first else 0, seed),
             progress=progress,
         )
-        measured.append(_Measured(data, made, results, logits, affinities, provenance))
+        measured.append(_Measured(data, adversarial, results, logits, affinities, provenance))
     differences = {
         layer: _differences(classifier, pixels, measured[0], layer, options.difference_images, units, progress)
         for layer in units.layers
@@ -244,7 +244,7 @@ class _Measured:
     """Everything measured with one seed."""
 
     data: LabelledPixels
-    made: Adversarial | None
+    adversarial: Adversarial | None
     results: dict[str, LayerResult]
     logits: dict[str, torch.Tensor]
     affinities: dict[str, np.ndarray]
@@ -300,7 +300,7 @@ def _write(
 ) -> dict[str, Any]:
     """units.csv, pictures, result.json and scores.json; returns the content of result.json."""
     first = measured[0]
-    data, made, results = first.data, first.made, first.results
+    data, adversarial, results = first.data, first.adversarial, first.results
     rows = [
         row
         for layer in units.layers
@@ -312,8 +312,8 @@ def _write(
         "affinity": {k: v for k, v in first.provenance.items() if k != "wnids"},
         "class_names": [data.title(c) for c in range(len(data.class_names))],
         "num_images": len(data),
-        "attack": None if made is None else attack_record(attack, made, first.logits, data),
-        "v_regenerated": made is not None,
+        "attack": None if adversarial is None else attack_record(attack, adversarial, first.logits, data),
+        "v_regenerated": adversarial is not None,
         "layers": {
             layer: layer_record(results[layer], data, first.affinities, differences.get(layer))
             for layer in units.layers
@@ -321,13 +321,13 @@ def _write(
         "network": network_mean(results),
         "over_seeds": over_seeds([m.results for m in measured]),
         "gallery": {
-            layer: gallery(run, pixels, data, made, results[layer], *shown, units.encoders.get(layer))
+            layer: gallery(run, pixels, data, adversarial, results[layer], *shown, units.encoders.get(layer))
             for layer in units.layers
         },
         "trace": {
-            layer: trace(run, data, made, results[layer], found)
+            layer: trace(run, data, adversarial, results[layer], found)
             for layer, found in differences.items()
-            if layer not in units.encoders and made is not None and options.shown_images
+            if layer not in units.encoders and adversarial is not None and options.shown_images
         },
     }
     write_atomically(run.path / "result.json", to_json(result))
@@ -361,13 +361,13 @@ def _differences(
 ) -> dict[str, Any]:
     """Prediction differences (PD) of the units on some images of R and V, the agreement s of each image, and how well s
     and the largest probability detect V, and wrong images of R."""
-    data, made, result = measured.data, measured.made, measured.results[layer]
+    data, adversarial, result = measured.data, measured.adversarial, measured.results[layer]
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     chosen = drawn[:num_images].sort()[0]
     device = pixels.mean.device
     sets = {"real": data.pixels(chosen)}
-    if made is not None:
-        sets["adversarial"] = made.found.images[chosen].cpu()
+    if adversarial is not None:
+        sets["adversarial"] = adversarial.found.images[chosen].cpu()
     example = pixels.normalise(sets["real"][:2].to(device))
     tail = Tail(classifier, result.layer, example=example)
     found: dict[str, Any] = {"chosen": chosen, "tail": tail.mode}
@@ -403,7 +403,7 @@ def _differences(
     real = found["real"]
     for name, key in (("auroc_wrong", "s"), ("auroc_wrong_confidence", "confidence")):
         found[name] = detection_auroc(real[key][real["right"]], real[key][~real["right"]])
-    if made is not None:
+    if adversarial is not None:
         for name, key in (("auroc_s", "s"), ("auroc_confidence", "confidence")):
             found[name] = detection_auroc(real[key], found["adversarial"][key])
     return found

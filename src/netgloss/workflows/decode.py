@@ -37,7 +37,7 @@ _TRAIN = 2000
 
 
 @torch.no_grad()
-def show_concepts(
+def decode(
     run: Run,
     decoder_run: Run,
     *,
@@ -75,7 +75,7 @@ def show_concepts(
     for k in range(explainer.num_concepts):
         images = np.sort(strongest[:, k])
         (batch,) = layer.batches(images, batch_size=len(images))
-        told = visibility(seeing, batch.activation, [k], tail=batch.tail, manifold=manifold)
+        seen = visibility(seeing, batch.activation, [k], tail=batch.tail, manifold=manifold)
         drawn = np.searchsorted(images, strongest[:_DRAWN, k])
         shown = batch.activation[drawn]
         removed, alone = seeing.remove(shown, [k]).activation, seeing.alone(shown, [k]).activation
@@ -85,12 +85,12 @@ def show_concepts(
         run.write_image(files["alone"], _two_rows(decoder(mean), decoder(alone)))
         content["concepts"][k]["decoded"] = {
             **{name: f"images/{file}" for name, file in files.items()},
-            "visibility": told.value,
-            "low": told.low,
-            "high": told.high,
-            "logit_change": told.logit,
-            "logit_change_random": told.logit_random,
-            "note": _note(told),
+            "visibility": seen.value,
+            "low": seen.low,
+            "high": seen.high,
+            "logit_change": seen.logit,
+            "logit_change_random": seen.logit_random,
+            "note": _note(seen),
         }
         if k in important[:_STRIPS] and pictures is not None:
             changes = _logit_changes(batch.tail, batch.activation, seeing.remove(batch.activation, [k]).activation)
@@ -98,7 +98,7 @@ def show_concepts(
             name = content["concepts"][k]["name"]
             figure = concept_strip(
                 rows,
-                visibility=f"visibility {number(told.value)} ({number(told.low)}..{number(told.high)}): {_note(told)}",
+                visibility=f"visibility {number(seen.value)} ({number(seen.low)}..{number(seen.high)}): {_note(seen)}",
                 title=f"{name} of {run.method}, decoded from {caption(decoder, decoder_run.seeds[0])}",
             )
             strips.append((f"concept-{k:04d}", figure, f"{name}: taken out, and alone, at its strongest images."))
@@ -172,18 +172,18 @@ def _logit_changes(tail: Any, activation: Tensor, edited: Tensor) -> list[float]
     return (after.gather(1, predicted) - before.gather(1, predicted))[:, 0].tolist()
 
 
-def _note(told: Visibility) -> str:
-    if not np.isfinite(told.value):
+def _note(seen: Visibility) -> str:
+    if not np.isfinite(seen.value):
         return "nothing changes when it is removed from these images"
     parts = [
         "changes the picture more than random edits of its size"
-        if told.is_evidence
+        if seen.is_evidence
         else "no evidence: not more visible than random edits of its size"
     ]
-    if told.off_manifold >= 0.5:
-        parts.append(f"off manifold in {100 * told.off_manifold:.0f} % of the images")
-    if told.clamped >= 0.1:
-        parts.append(f"{100 * told.clamped:.0f} % of the edit was clamped at 0")
+    if seen.off_manifold >= 0.5:
+        parts.append(f"off manifold in {100 * seen.off_manifold:.0f} % of the images")
+    if seen.clamped >= 0.1:
+        parts.append(f"{100 * seen.clamped:.0f} % of the edit was clamped at 0")
     return "; ".join(parts)
 
 

@@ -22,14 +22,14 @@ from netgloss.evaluation.judge import evaluate_subjects
 from netgloss.evaluation.scores import subject_scores
 from netgloss.evaluation.subjects import Subject, per_concept_stability
 from netgloss.explainers.base import Explainer
-from netgloss.explanations import GlossOptions, make_gloss
+from netgloss.explanations import ExplanationOptions, explain_layer
 from netgloss.processes import part
 from netgloss.report import write_report
 from netgloss.runs.run import Run
 from netgloss.training.execution import Execution
 from netgloss.workflows.annotate import annotate
 from netgloss.workflows.control_networks import add_untrained_network
-from netgloss.workflows.decode import show_concepts
+from netgloss.workflows.decode import decode
 
 if TYPE_CHECKING:
     from netgloss.classifiers import Classifier
@@ -44,7 +44,7 @@ class EvaluationOptions:
     """Images for the untrained-network control (half to fit, half to evaluate); 0 leaves the control out."""
     max_images: int | None = None
     """Evaluate on at most this many held-out images."""
-    explanations: GlossOptions = field(default_factory=GlossOptions)
+    explanations: ExplanationOptions = field(default_factory=ExplanationOptions)
     """How much the report shows."""
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ def evaluate(
         annotate(run, annotations, **common, progress=execution.shown)
     if decoder is not None:
         decoder = decoder if isinstance(decoder, Run) else Run(decoder)
-        show_concepts(run, decoder, **common, progress=execution.shown)
+        decode(run, decoder, **common, progress=execution.shown)
     if faithfulness is not None:
         _add_faithfulness(opened, faithfulness)
     if (run.path / "report.html").exists():
@@ -219,7 +219,7 @@ def _score(opened: _Opened) -> None:
             if options.untrained_images and opened.source is not None:
                 add_untrained_network(context, subject, options.untrained_images)
             run.write_scores(subject_scores(subject) + subject.dictionary)
-        with opened.timed("gloss"):
+        with opened.timed("explanations"):
             stability = per_concept_stability(explainers, layer, images)
             _write_explanations(opened, explainers[0], layer, fit_images, heldout, stability, affine=affine)
         if opened.source is None:
@@ -280,7 +280,7 @@ def _score_decoder(
             warnings += decoded_notes(scores)
             run.write_figures(triple_figures(decoders[0], layer, pictures, images, seed=run.seeds[0]))
     shown = ShownUnits(decoders[0]) if decoders else explainers[0]
-    with opened.timed("gloss"):
+    with opened.timed("explanations"):
         _write_explanations(opened, shown, layer, fit_images, heldout, None, affine=False)
     if decoders and shown.num_concepts < decoders[0].num_units:
         warnings.append(
@@ -303,7 +303,7 @@ def _write_explanations(
     """concepts.json and its thumbnails."""
     from torchvision.transforms.v2.functional import to_pil_image
 
-    content, thumbnails = make_gloss(
+    content, thumbnails = explain_layer(
         explainer,
         layer,
         fit_images=fit_images,

@@ -1,4 +1,4 @@
-"""Hardens a network in a run folder: arms and seeds, checkpoints, and the judgement before and after.
+"""Hardens a network in a run folder: arms and seeds, checkpoints, and the evaluation before and after.
 
 ::
 
@@ -7,8 +7,8 @@
     judged-ARM-seedN.json            accuracies by attack, consistency on R and V; judged-original.json the parent's
     result.json                      means and intervals over seeds, checks; run.json, history.jsonl, scores.json
 
-Every attack is made anew against each network; the transfer images are those of the original. An interrupted command
-goes on where it stopped.
+Every attack is regenerated against each network; the transfer images are those of the original. An interrupted command
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ CHECKPOINT_FORMAT = 1
 
 @dataclass(frozen=True)
 class HardenPlan:
-    """What is trained and how it is judged, beside :class:`HardenConfig`."""
+    """What is trained and how it is evaluated, in addition to :class:`HardenConfig`."""
 
     arms: tuple[str, ...] = ("clean", "at", "consistent")
     """Arms to train: clean, noise, at, consistent-only, consistent, pgd-at, pgd-consistent, trades."""
     seeds: int = 3
     """Seeds of each arm, 0, 1, ..."""
     betas: tuple[float, ...] = ()
-    """Try these weights of the feature term with the first seed and go on with the one that is best on held-out
+    """Try these weights of the feature term with the first seed and continue with the one that is best on held-out
     training images; default: --beta as it is."""
     train_images: int | None = None
     """Train on this many images, equally many of every class; default all."""
     probe_images: int | None = None
-    """Measure consistency on this many of the judging images; default all."""
+    """Measure consistency on this many of the evaluation images; default all."""
     attack_images: int | None = 500
-    """Attack this many of the judging images for the accuracies."""
+    """Attack this many of the evaluation images for the accuracies."""
     k: int | None = None
     """Size of a unit's top set; default the larger of 1 % and 20, at most the smallest class (of 20 images or more)."""
     craft_layer: str | None = None
@@ -305,19 +305,19 @@ class _Job:
         return self._before
 
     def _consistency(self, pixels: PixelClassifier, seed: int) -> tuple[LayerResult, float]:
-        """Of the layer's channels, with V made anew; and the share of V that reached its target."""
+        """Of the layer's channels, with V regenerated; and the share of V that reached its target."""
         choice = AttackChoice("pgd", eps=self.config.eps, steps=self.plan.v_steps)
-        made = attack_probe(pixels, self.probe, choice, seed=seed)
-        assert made is not None
+        adversarial = attack_probe(pixels, self.probe, choice, seed=seed)
+        assert adversarial is not None
         results, _ = measure_layers(
             pixels,
             self.probe,
             [self.layer],
             self.affinities,
-            adversarial=made,
+            adversarial=adversarial,
             options=UnitOptions(k=self.plan.k, null_draws=0, seed=seed),
         )
-        return results[self.layer], float(made.found.success.float().mean())
+        return results[self.layer], float(adversarial.found.success.float().mean())
 
     def evaluate(self, arm: str, seed: int = 0) -> None:
         """Attacks a network and scores its channels, unless that is done already."""
@@ -369,7 +369,7 @@ class _Job:
     # -- summary --------------------------------------------------------------------------------------------------
 
     def summarise(self, finished: Sequence[str]) -> None:
-        """result.json and scores.json from the judgements of these arms."""
+        """result.json and scores.json from the evaluations of these arms."""
         seeds = self.run.seeds
         records = {
             (arm, seed): read_json(self.run.path / f"judged-{arm}-seed{seed}.json")

@@ -217,10 +217,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _length(self) -> int | None:
         """The one Content-Length of a body that is not sent in chunks; None if that is not so."""
-        told = self.headers.get_all("Content-Length", [])
+        lengths = self.headers.get_all("Content-Length", [])
         chunked = self.headers.get("Transfer-Encoding") is not None
-        digits = len(told) == 1 and told[0].isascii() and told[0].isdigit()
-        return int(told[0]) if digits and not chunked and len(told[0]) < 20 else None
+        digits = len(lengths) == 1 and lengths[0].isascii() and lengths[0].isdigit()
+        return int(lengths[0]) if digits and not chunked and len(lengths[0]) < 20 else None
 
     def _explain(self, length: int) -> None:
         data = self.rfile.read(length)

@@ -14,7 +14,7 @@ from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
 from netgloss.evaluation.decoded import DecodedImage, Pictures, decode_images
 from netgloss.explainers.cladec import ClaDec
-from netgloss.explanations.excitation import Heat, chosen_heat
+from netgloss.explanations.excitation import HeatmapKind, chosen_heatmaps
 from netgloss.explanations.images import ImageExplanation, explain_images
 from netgloss.runs.run import Run, save_figure
 from netgloss.training.execution import Execution
@@ -29,7 +29,7 @@ def show(
     *,
     out: str | Path | None = None,
     top: int = 5,
-    heat: Heat = "gradient",
+    heat: HeatmapKind = "gradient",
     device: str | Execution = "auto",
 ) -> list[ImageExplanation] | list[DecodedImage]:
     """Explains new images with a saved run.
@@ -85,7 +85,7 @@ def show(
                 explainer,
                 batch,
                 classifier.class_names,
-                heat=chosen_heat(heat, explainer, classifier, run.layer, pixels.to(classifier.device), maps),
+                heat=chosen_heatmaps(heat, explainer, classifier, run.layer, pixels.to(classifier.device), maps),
                 drivers=top,
                 pictures=[picture],
             )

@@ -1,4 +1,4 @@
-"""How alike two classes are: the matrix A (C, C) behind the consistency of a unit.
+"""How similar two classes are: the matrix A (C, C) behind the consistency of a unit.
 
 From a distance d in a hierarchy (``metrics/taxonomy.py``), by one of the kernels::
 
@@ -65,7 +65,7 @@ def class_affinity(
     wnids : the WordNet 3.0 id of each class, in their order (None: not known) or by class name.
     data_noun : the ``data.noun`` of WordNet 3.0, for wnids beyond ImageNet-1k and CIFAR-10.
     groups : coarse group of each class by name: A = 1 for the same class, 0.5 for the same group, else 0.
-    embeddings : (C, D) of the class names, not made by the network that is judged: A = cosine, at least 0.
+    embeddings : (C, D) of the class names, not computed by the evaluated network: A = cosine, at least 0.
     kernel : from distances to A; sources other than 2 and 3 know no kernel but ``identity``.
     unmapped : classes that the source lacks are an ``"error"``, or get no affinity to any other (``"identity"``).
 
@@ -121,7 +121,7 @@ def class_affinity(
 def _from_tree(
     tree: Taxonomy, classes: Sequence[str], nodes: Sequence[str | None], kernel: str, unmapped: Unmapped
 ) -> tuple[Matrix, list[str]]:
-    """A of the classes that have a node; the others stand alone."""
+    """A of the classes that have a node; the others are isolated."""
     here = np.array([i for i, node in enumerate(nodes) if node is not None], np.int64)
     missing = [name for name, node in zip(classes, nodes, strict=True) if node is None]
     _report(missing, classes, tree.source, unmapped)

@@ -1,8 +1,8 @@
 """What a consistency score should not be read without: selectivity, depth, reliability, and the choice of kernel.
 
-Top sets overstate how selective a unit is; so beside consis stand the AUROC and average precision of the unit's best
-subtree of the hierarchy (chosen on one half of the sources, measured on the other), consis_cal further down the ranks,
-the agreement of halves of the data, and that of other kernels.
+Top sets overstate how selective a unit is; so consis is accompanied by the AUROC and average precision of the unit's
+best subtree of the hierarchy (chosen on one half of the sources, measured on the other), consis_cal further down the
+ranks, the agreement of halves of the data, and that of other kernels.
 
 Shape letters: N images, U units, C classes, T subtrees.
 """
@@ -33,8 +33,8 @@ DEPTHS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Selectivity:
-    """The subtree that each unit tells best: its node, AUROC (U,) and average precision (U,) on unseen sources, and the
-    share of images in it (U,), which is the average precision of chance."""
+    """The subtree that each unit identifies best: its node, AUROC (U,) and average precision (U,) on unseen sources,
+    and the share of images in it (U,), which is the average precision of chance."""
 
     nodes: list[str]
     auroc: NDArray[np.float64]
@@ -51,7 +51,7 @@ def best_subtree(
     sources: Tensor | None = None,
     seed: int = 0,
 ) -> Selectivity:
-    """For each unit, the hypernym whose classes its responses (N, U) tell best from all others.
+    """For each unit, the hypernym whose classes its responses (N, U) distinguish best from all others.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def _halves(labels: Tensor, sources: Tensor | None, *, seed: int) -> NDArray[np.
     for c in labels.unique():
         own = sources[labels == c].unique()
         if len(own) < 2:
-            raise UserError(f"halves of the data need two source images a class; class {int(c)} has {len(own)}")
+            raise UserError(f"halves of the data need two source images per class; class {int(c)} has {len(own)}")
         chosen.append(own[torch.randperm(len(own), generator=generator)[: len(own) // 2]])
     half: NDArray[np.bool_] = torch.isin(sources, torch.cat(chosen)).numpy()
     return half

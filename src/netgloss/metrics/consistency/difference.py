@@ -10,7 +10,7 @@ all units in one backward pass. Agreement, over the ten units of largest PD, wit
 
     s(x) = sum_u w_u (A p_u)_c,      w_u ~ max(PD_u, 0)
 
-A low s is meant to tell adversarial images; an attacker who knows s can raise it.
+A low s is meant to detect adversarial images; an attacker who knows s can raise it.
 
 Shape letters: B images, K concepts, U units, C classes of the probe set, T units of a trace.
 """
@@ -51,7 +51,7 @@ def prediction_difference(
     tail : logits of activations.
     encode, decode : an explainer's (its target must be ``"activation"``); default the channels themselves.
     classes : (B,) whose logit is read; default the predicted ones.
-    affine : tail and decode are affine; gives the same numbers in one pass instead of one a unit.
+    affine : tail and decode are affine; gives the same numbers in one pass instead of one per unit.
     """
     logits = tail(activation)
     classes = logits.argmax(1) if classes is None else classes

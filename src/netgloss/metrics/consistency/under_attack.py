@@ -7,7 +7,7 @@ images::
 
 A robust unit has a high CS1 and a low CS2, a fooled one a high CS2. The papers do not say which labels they mean; true
 and target is the only reading found that fits their caption. With ten classes a raw cosine is mostly chance (0.69), so
-chance stands beside it, and CSc has chance 0. Adversarial images are scored with their *true* labels throughout.
+chance is reported with it, and CSc has chance 0. Adversarial images are scored with their *true* labels throughout.
 
 Shape letters: N real images, M adversarial images, U units, C classes.
 """

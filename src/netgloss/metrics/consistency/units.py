@@ -33,7 +33,7 @@ STATUS = ("silent", "rare", "live")
 _ELEMENTS = 2**23  # of a block of units: 64 MiB as float64
 
 DEFINITION = (
-    "Mean over live units of consis_cal: how much more alike the classes of a unit's top images are than those of "
+    "Mean over live units of consis_cal: how much more similar the classes of a unit's top images are than those of "
     "random images of the probe set, as a share of the most possible. 1 is one class, 0 is chance, negative is "
     "possible. It depends on the kernel, on k, on the classes and the probe set, is met by random directions to some "
     "degree, and cannot show what a unit does below its top set or that it matters to the prediction."
@@ -244,7 +244,7 @@ class UnitScores:
         return self.status == STATUS.index("live")
 
     def summary(self) -> dict[str, float]:
-        """Mean and median over live units, beside every count that they depend on."""
+        """Mean and median over live units, with every count that they depend on."""
         cal, consis = self.calibrated[self.live], self.consis[self.live]
         return {
             "consis_cal": float(cal.mean()),
@@ -351,7 +351,7 @@ def unit_consistency(
 
 
 def consistency_score(runs: list[UnitScores], *, baselines: dict[str, float | None] | None = None) -> Score:
-    """The record of a layer from the units of one fit a seed: the mean consis_cal, its interval over seeds."""
+    """The record of a layer from the units of one fit per seed: the mean consis_cal, its interval over seeds."""
     values = torch.tensor([run.summary()["consis_cal"] for run in runs], dtype=torch.float64)
     low, high = interval(values, bounds=(-math.inf, 1.0))
     return Score(

@@ -123,7 +123,9 @@ class Dissection(Metric):
             self._add_chosen(index, columns, found)
 
     def _add_chosen(self, index: Tensor, columns: Tensor, found: Tensor) -> None:
-        """What is kept for known labels beside where the concepts lie: where the labels do, and the bootstrap."""
+        """What is kept for known labels in addition to where the concepts lie: where the labels do, and the
+        bootstrap.
+        """
         assert self.chosen is not None
         label_RI, category_RI = self._columns_of(self.chosen)
         sizes = columns.sum(2)

@@ -2,7 +2,8 @@
 
 - ``sub_concept_share``: among pairs of detectors with the same label and both precisions above 0.5, the share whose
   masks have an IoU below 0.1: they read different pixels of one label.
-- Linear-OR: a label is on where any of its detectors is; its recall and F1 beside those of its best single detector.
+- Linear-OR: a label is on where any of its detectors is; its recall and F1 compared with those of its best single
+  detector.
 - ``actives``: concepts that are on at a pixel, on average; ``overlap_share``: share of pixels that two or more
   different labels of one category claim.
 

@@ -148,7 +148,7 @@ class _PixelCodes:
         words = wide.view(np.uint64)
         flat = words.reshape(-1, words.shape[2])
         mixed = np.zeros(len(flat), np.uint64)
-        for word in flat.T:  # one number a set; sets that share one by chance are told apart below
+        for word in flat.T:  # one number per set; sets that share one by chance are separated below
             mixed = (mixed ^ word) * np.uint64(0x9E3779B97F4A7C15)
             mixed ^= mixed >> np.uint64(29)
         _, first, code = np.unique(mixed, return_index=True, return_inverse=True)

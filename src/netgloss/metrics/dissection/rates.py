@@ -33,7 +33,7 @@ Chunks = Callable[[], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Extent:
-    """What one pass over the rows tells: number of rows, and (I,) smallest and largest value."""
+    """What one pass over the rows gives: number of rows, and (I,) smallest and largest value."""
 
     rows: int
     low: Tensor

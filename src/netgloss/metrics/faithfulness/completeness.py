@@ -6,8 +6,8 @@ Yeh et al. 2020 (arXiv 1910.07969), with a the accuracy over the evaluated image
 
 What is fixed here, as the number depends on it:
 
-- *The way back.* The paper takes the best g from concept scores to the layer (a perceptron fitted for this purpose).
-  Here g is the explainer's own decoder: nothing is fitted to the labels, and concepts are judged with their decoder.
+- *The map back.* The paper takes the best g from concept scores to the layer (a perceptron fitted for this purpose).
+  Here g is the explainer's own decoder: nothing is fitted to the labels, and concepts are evaluated with their decoder.
 - *Chance.* ``"majority"``: the share of the most frequent class among the evaluated images, the best that a constant
   can do. ``"uniform"``: 1 / number of classes among them (the paper's random prediction). Equal for balanced classes.
   The classifier may name any of its classes; one that knows 1,000 of them and is shown 10 can be below chance.

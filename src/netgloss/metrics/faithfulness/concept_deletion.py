@@ -193,7 +193,8 @@ class ConceptDeletion:
 
     Parameters
     ----------
-    rankings : what to rank by; the first is judged, the others stand beside it, as do random and reversed rankings.
+    rankings : what to rank by; the first is evaluated, the others are its baselines, as are random and reversed
+        rankings.
     num_steps : groups of concepts of a curve. draws : random rankings an image.
     of : follow the class's "logit" or "probability" (``surrogate_departure`` exists for logits only).
     replicates : of the bootstrap over images.
@@ -234,7 +235,7 @@ class ConceptDeletion:
         ----------
         index : (B,) each image's place in the data set.
         tail : activation -> logits. concepts : (B, K[, H, W]) of ``encode``. logits : (B, L) of the classifier.
-        classes : (B,) or (B, J) classes to follow; default the predicted one. All J classes of an image count alike.
+        classes : (B,) or (B, J) classes to follow; default the predicted one. All J classes of an image count equally.
         predict : what masked concepts give, where that is known more cheaply than from decoder and tail.
         """
         chosen = (logits.argmax(1) if classes is None else classes).reshape(len(index), -1)
@@ -256,7 +257,7 @@ class ConceptDeletion:
         classes: Tensor,
         predict: Predict,
     ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-        """``{(quantity, ranking): (numerator (B,), denominator (B,))}`` of one class an image (B,)."""
+        """``{(quantity, ranking): (numerator (B,), denominator (B,))}`` of one class per image (B,)."""
         parts = explain_class(explainer, tail, concepts, logits, classes)
         value = class_value(predict, concepts, classes, of=self.of, rows_per_call=self.rows_per_call)
         scores = logits.double() if self.of == "logit" else logits.double().softmax(1)

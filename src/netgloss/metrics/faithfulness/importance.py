@@ -6,8 +6,8 @@ With f_c the tail's logit and z the concepts, the contribution of concept k is g
     f_c(decode(z)) = f_c(decode(0)) + sum_k contribution_k + gap
 
 When decoder and tail are affine (mean pool and linear head, say) the gap is zero and the contributions are exact;
-otherwise the gap says what they leave unexplained. What the reconstruction itself loses is ``logit - rebuilt``, told
-apart from it.
+otherwise the gap says what they leave unexplained. What the reconstruction itself loses is ``logit - rebuilt``,
+reported apart from it.
 
 Shape letters: B images, K concepts, H W grid.
 """
@@ -48,7 +48,7 @@ class Contributions:
 def contributions(
     decode: Callable[[Tensor], Any], tail: Callable[[Any], Tensor], concepts: Tensor, classes: Tensor
 ) -> Contributions:
-    """Contribution of each concept to the logit of one class an image.
+    """Contribution of each concept to the logit of one class per image.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def explain_class(
     Parameters
     ----------
     logits : (B, num_classes) of the classifier. tail, concepts, classes : as in :func:`contributions`.
-    activation : what the concepts were read from; where part of it reaches the logits beside the concepts
+    activation : what the concepts were read from; where part of it reaches the logits in parallel to the concepts
         (``Explainer.decoder_for``), that part is held fixed and belongs to the base.
     """
     own = explainer.contributions(concepts, classes)

@@ -1,4 +1,4 @@
-"""Whether two ways to measure importance rank the concepts alike.
+"""Whether two ways to measure importance rank the concepts in the same order.
 
 Rank correlation image by image: Spearman's rho (of ranks, ties share theirs) or Kendall's tau-b. High agreement does
 not make either right: both may follow the size of the codes. Concepts that are zero in an image are tied at 0 for most

@@ -1,8 +1,8 @@
 """What the classifier answers when some concepts are switched off: the one door for tests of importance.
 
-A *mask* has one number a concept: 1 leaves its code as it is, 0 sets it to zero at every position, and numbers between
-scale it. A :data:`Value` maps masks to numbers; deletion, Shapley values and Sobol indices are questions to a value,
-whatever is behind it (a class's logit, completeness, a closed form in a test).
+A *mask* has one number per concept: 1 leaves its code unchanged, 0 sets it to zero at every position, and numbers
+between scale it. A :data:`Value` maps masks to numbers; deletion, Shapley values and Sobol indices are questions to a
+value, whatever is behind it (a class's logit, completeness, a closed form in a test).
 
 A code of zero means "absent" only where the method says so (non-negative parts, SAE features). For signed scores around
 a mean (PCA, ICA) it means "average", and the decoded row may lie off the data: masking cannot show which.
@@ -69,7 +69,7 @@ def masked_logits(predict: Predict, concepts: Tensor, masks: Tensor, *, rows_per
 def class_value(
     predict: Predict, concepts: Tensor, classes: Tensor, *, of: Of = "logit", rows_per_call: int = 256
 ) -> Value:
-    """The value of one class an image: masks (M, K) or (M, B, K) to its logit or probability (M, B) float64.
+    """The value of one class per image: masks (M, K) or (M, B, K) to its logit or probability (M, B) float64.
 
     Parameters
     ----------

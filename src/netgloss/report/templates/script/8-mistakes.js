@@ -18,7 +18,7 @@ function mistakeGroup({ concept, count, share, pairs, images: shown, recognised_
   const test = concept !== null && replayed ? ` With it removed, ${mended} of the ${replayed} that ${replayed === 1 ? "was" : "were"} tried ${mended === 1 ? "is" : "are"} recognised.` : "";
   return h("section", { class: "panel mistakes" },
     h("div", { class: "heading" }, concept === null ? null : emblem(concept),
-      h("div", null, h("h2", null, concept === null ? "Not told by the concepts" : conceptLink(concept), " ",
+      h("div", null, h("h2", null, concept === null ? "Not explained by the concepts" : conceptLink(concept), " ",
         h("small", { class: "muted" }, `${count} of ${counted(wrong, "mistake")}`)),
       h("p", null, told, test))),
     h("ul", { class: "pairs" }, pairs.map((pair) => h("li", null, classLink(pair.label), " taken for ", classLink(pair.prediction), pair.count > 1 ? ` (${pair.count} times)` : ""))),
