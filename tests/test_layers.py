@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from netgloss.classifiers import LayerInfo, list_layers
+from netgloss.classifiers.layouts import find_layout
 
 
 def layers_of(net: nn.Module, side: int, channels: int = 3) -> dict[str, LayerInfo]:
-    holder: Any = SimpleNamespace(net=net.eval(), input_shape=(channels, side, side), device=torch.device("cpu"))
+    holder: Any = SimpleNamespace(
+        net=net.eval(), input_shape=(channels, side, side), device=torch.device("cpu"),
+        find_layout=lambda name, output: find_layout(output, name, net),
+    )  # fmt: skip
     return {info.name: info for info in list_layers(holder, receptive_field=True)}
 
 
@@ -56,15 +60,18 @@ def test_describes_every_layer() -> None:
             return x, x
 
     net = Net().train()
-    holder: Any = SimpleNamespace(net=net, input_shape=(3, 8, 8), device=torch.device("cpu"))
+    holder: Any = SimpleNamespace(
+        net=net, input_shape=(3, 8, 8), device=torch.device("cpu"),
+        find_layout=lambda name, output: find_layout(output, name, net),
+    )  # fmt: skip
     found = {info.name: info for info in list_layers(holder, receptive_field=True)}
     assert net.training
     assert not any(m._forward_hooks for m in net.modules())
-    assert found["conv"] == LayerInfo("conv", "Conv2d", (4, 4, 4), 4 * 27 + 4, 2, 3, 1, True)
-    assert found["relu"] == LayerInfo("relu", "ReLU", (4, 4, 4), 0, 2, 3, 2, True)
+    assert found["conv"] == LayerInfo("conv", "Conv2d", (4, 4, 4), 4 * 27 + 4, 2, 3, 1, True, "nchw")
+    assert found["relu"] == LayerInfo("relu", "ReLU", (4, 4, 4), 0, 2, 3, 2, True, "nchw")
     assert found["pair"] == LayerInfo("pair", "Pair", (), 0, None, None, 1, False)
     assert found["unused"] == LayerInfo("unused", "Linear", (), 6, None, None, 0, False)
-    assert found["head"] == LayerInfo("head", "Linear", (5,), 25, None, None, 1, True)
+    assert found["head"] == LayerInfo("head", "Linear", (5,), 25, None, None, 1, True, "vector")
 
 
 class Zoo(nn.Module):
@@ -186,10 +193,14 @@ def test_what_mixes_positions_sees_the_whole_image() -> None:
 
     found = layers_of(Tokens(), 32)
     assert (found["patch"].stride, found["patch"].receptive_field, found["patch"].readable) == (4, 4, True)
-    assert not found["last"].readable, "(B, H, W, C) is no map (B, C, H, W)"
+    assert (found["last"].shape, found["last"].receptive_field, found["last"].layout) == ((8, 8, 8), 4, "nhwc")
     assert (found["back"].shape, found["back"].receptive_field, found["back"].readable) == ((8, 8, 8), 4, True)
     assert (found["group"].stride, found["group"].receptive_field) == (4, None)
-    assert (found["tokens"].shape, found["tokens"].receptive_field, found["tokens"].readable) == ((64, 8), None, False)
+    assert (found["tokens"].shape, found["tokens"].receptive_field, found["tokens"].layout) == (
+        (8, 8, 8),
+        None,
+        "tokens",
+    )
 
 
 @pytest.mark.parametrize("head", ["pool", "flatten", "mean", "softmax", "einsum"])

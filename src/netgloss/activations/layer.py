@@ -179,7 +179,7 @@ def make_tail(classifier: Classifier, layer: str, source: ImageSource | None) ->
     else:
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(2, *classifier.input_shape, generator=generator)
-    return Tail(classifier, layer, example=example.to(classifier.device))
+    return Tail(classifier, classifier.check_layer(layer), example=example.to(classifier.device))
 
 
 class LayerReader:

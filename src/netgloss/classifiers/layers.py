@@ -1,8 +1,7 @@
 """Every layer of a classifier with its output's shape and parameters, and on request its receptive field.
 
-Both are found by NaN, which no operation stops: what comes out as NaN depends on the pixels that went in as NaN. One
-image whose corner is NaN shows which axes of an output are positions, since the features of a position are NaN
-together. Images that are NaN from a row or column on show how far a cell sees: with thresholds t, the first cell that
+Receptive fields are found by NaN, which no operation stops: what comes out as NaN depends on the pixels that went in as
+NaN. Images that are NaN from a row or column on show how far a cell sees: with thresholds t, the first cell that
 is NaN gives the last pixel that it sees, and images that are NaN up to t give the first. The receptive field of Araujo,
 Norris and Sim ("Computing Receptive Fields of Convolutional Neural Networks", Distill 2019) comes out, where it is
 smaller than the image.
@@ -14,13 +13,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from netgloss.classifiers.layouts import Layout, corner_images
 from netgloss.classifiers.taps import watched
+from netgloss.errors import UserError
 
 if TYPE_CHECKING:
     from netgloss.classifiers.loading import Classifier
@@ -42,7 +44,8 @@ class LayerInfo:
     receptive_field : side, in input pixels, of what one value can depend on (the larger of both axes); None for the
         whole image, and where it was not asked for.
     calls : how often it runs in a forward; shape and the rest are those of the last run. 0: never runs, or runs unseen.
-    readable : True if its output is one tensor (B, C) or (B, C, H, W), so that it can be explained.
+    readable : True if its output can be read as (B, C) or (B, C, H, W), so that it can be explained.
+    layout : "vector", "nchw", "nhwc" or "tokens"; "" where it is not readable.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LayerInfo:
     receptive_field: int | None
     calls: int
     readable: bool
+    layout: str = ""
 
 
 def list_layers(classifier: Classifier, *, receptive_field: bool = False) -> list[LayerInfo]:
@@ -63,73 +67,65 @@ def list_layers(classifier: Classifier, *, receptive_field: bool = False) -> lis
     receptive_field : also compute receptive fields and exact strides, which takes about 140 images through the network
         instead of 2.
     """
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, tuple[tuple[int, ...], Layout | None]] = {}
     calls: dict[str, int] = {}
 
     def see(name: str, module: nn.Module, output: Any) -> None:
         calls[name] = calls.get(name, 0) + 1
-        is_tensor = isinstance(output, Tensor)
-        outputs[name] = (tuple(output.shape) if is_tensor else (), is_tensor and is_map_or_vector(output))
+        try:
+            layout = classifier.find_layout(name, output)
+        except UserError:
+            outputs[name] = (tuple(output.shape[1:]) if isinstance(output, Tensor) else (), None)
+        else:
+            outputs[name] = (tuple(layout.read(output).shape[1:]), layout)
 
-    height, width = classifier.input_shape[1:]
-    images = torch.zeros(2, *classifier.input_shape, device=classifier.device)
-    images[1, :, : height // 2, : width // 2] = math.nan
     with torch.no_grad(), watched(classifier.net, see):
-        classifier.net(images)
-    maps = {name: s for name, (s, readable) in outputs.items() if readable and len(s) == 4 and s[2] * s[3] > 1}
-    fields = _receptive_fields(classifier, maps) if receptive_field else {}
+        classifier.net(corner_images(classifier))
+    height, width = classifier.input_shape[1:]
+    maps = {
+        n: shape for n, (shape, layout) in outputs.items() if layout and len(shape) == 3 and shape[1] * shape[2] > 1
+    }
+    layouts = {name: layout for name, (_, layout) in outputs.items() if layout is not None}
+    fields = _receptive_fields(classifier, maps, layouts) if receptive_field else {}
     found = []
     for name, module in classifier.net.named_modules():
-        shape, readable = outputs.get(name, ((), False))
-        stride = max(round(height / shape[2]), round(width / shape[3])) if name in maps else None
+        shape, layout = outputs.get(name, ((), None))
+        stride = max(round(height / shape[1]), round(width / shape[2])) if name in maps else None
         stride, seen = fields.get(name, (stride, None))
         params = sum(p.numel() for p in module.parameters())
         if name:
-            kind = type(module).__name__
-            found.append(LayerInfo(name, kind, shape[1:], params, stride, seen, calls.get(name, 0), readable))
+            kind = "" if layout is None else layout.kind
+            about = (name, type(module).__name__, shape, params, stride, seen, calls.get(name, 0))
+            found.append(LayerInfo(*about, layout is not None, kind))
     return found
 
 
-def is_map_or_vector(output: Tensor) -> bool:
-    """True for (B, C), and for (B, C, H, W) with positions in the last two axes; the second image must have a corner of
-    NaN.
-
-    Features of one position are NaN together, nearly so where branches with different receptive fields meet: the axis
-    along which the NaN differ less is that of the features. Where everything is NaN, as after attention, the axes of
-    equal size are the grid.
-    """
-    if len(output) != 2 or not output.is_floating_point() or output.ndim not in (2, 4):
-        return False
-    if output.ndim == 2:
-        return True
-    lost = output[1].isnan()
-    if lost.all() or not lost.any():
-        return output.shape[2] == output.shape[3] or output.shape[1] != output.shape[2]
-    first, last = ((lost.float() - lost.float().mean(axis, keepdim=True)).abs().mean() for axis in (0, 2))
-    return bool(first <= last)
-
-
 def _receptive_fields(
-    classifier: Classifier, maps: dict[str, tuple[int, ...]]
+    classifier: Classifier, maps: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]
 ) -> dict[str, tuple[int | None, int | None]]:
     """Stride and receptive field of layers with maps (B, C, H, W): the larger of both axes."""
     sides = classifier.input_shape[1:]
     ranges = [range(max(1, s // 2 - _THRESHOLDS), min(s - 1, s // 2 + _THRESHOLDS)) for s in sides]
-    first, last = (_edges(classifier, maps, ranges, from_=from_) for from_ in (True, False))
+    first, last = (_edges(classifier, layouts, maps, ranges, from_=from_) for from_ in (True, False))
     fields: dict[str, tuple[int | None, int | None]] = {}
     for name, shape in maps.items():
         spans = [
-            _span(first[name][axis], last[name][axis], ranges[axis], sides[axis] / shape[2 + axis], shape[2 + axis])
+            _span(first[name][axis], last[name][axis], ranges[axis], sides[axis] / shape[1 + axis], shape[1 + axis])
             for axis in (0, 1)
         ]
-        stride = max(sides[axis] / shape[2 + axis] if span is None else span[0] for axis, span in enumerate(spans))
+        stride = max(sides[axis] / shape[1 + axis] if span is None else span[0] for axis, span in enumerate(spans))
         known = [span[1] for span in spans if span is not None]
         fields[name] = (round(stride), round(max(known)) if len(known) == 2 else None)
     return fields
 
 
 def _edges(
-    classifier: Classifier, maps: dict[str, tuple[int, ...]], ranges: list[range], *, from_: bool
+    classifier: Classifier,
+    layouts: Mapping[str, Layout],
+    maps: Mapping[str, tuple[int, ...]],
+    ranges: list[range],
+    *,
+    from_: bool,
 ) -> dict[str, tuple[list[int], list[int]]]:
     """For rows and for columns, at every threshold t: the first cell that is NaN when pixels from t on are, or the last
     one when pixels up to t are."""
@@ -137,8 +133,8 @@ def _edges(
     latest: dict[str, Tensor] = {}
 
     def see(name: str, module: nn.Module, output: Any) -> None:
-        if name in maps and isinstance(output, Tensor) and output.ndim == 4:
-            latest[name] = output
+        if name in maps:
+            latest[name] = layouts[name].read(output)
 
     pairs = list(itertools.zip_longest(*ranges))
     for start in range(0, len(pairs), _AT_ONCE):

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
+from netgloss.classifiers.layouts import KINDS, Layout, corner_images, find_layout, keep_layout
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.classifiers.sources import Built, build
-from netgloss.classifiers.taps import find_layer
+from netgloss.classifiers.taps import find_layer, watched
 from netgloss.errors import UserError
 from netgloss.trust import check_code
 
@@ -54,11 +55,13 @@ class Classifier:
         origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.net = net.eval().requires_grad_(False)
+        self._checked: set[str] = set()
         self.name = name
         self.preprocessing = preprocessing
         self.checkpoint = checkpoint
         self.imagenet = imagenet
         self.origin = dict(origin or {})
+        self.layout, self.prefix_tokens = "auto", None  # type: tuple[str, int | None]
         count = self._count_classes()
         if class_names is not None and len(class_names) != count:
             raise UserError(f"{name} has {count} logits but {len(class_names)} class names were given")
@@ -100,9 +103,31 @@ class Classifier:
         return self
 
     def check_layer(self, name: str) -> str:
-        """``name``, if it is a layer's; otherwise a :class:`UserError` with the nearest right ones."""
-        find_layer(self.net, name)
+        """``name``, if it is a layer that can be read; its layout is found and kept on the layer.
+
+        Raises
+        ------
+        UserError : no such layer (the nearest names are given), one that never runs, or one whose output is neither
+            vectors, maps nor tokens.
+        """
+        module = find_layer(self.net, name)
+        if name not in self._checked:
+            outputs: list[Any] = []
+
+            def see(_: str, ran: nn.Module, output: Any) -> None:
+                if ran is module:
+                    outputs.append(output)
+
+            with torch.no_grad(), watched(self.net, see):
+                self.net(corner_images(self))
+            if outputs:  # a layer that never runs is refused where it is read
+                keep_layout(module, self.find_layout(name, outputs[-1]))
+            self._checked.add(name)
         return name
+
+    def find_layout(self, name: str, output: Any) -> Layout:
+        """The layout of a layer's output for ``corner_images``."""
+        return find_layout(output, name, self.net, layout=self.layout, prefix_tokens=self.prefix_tokens)
 
     def untrained(self, seed: int) -> Classifier:
         """The same architecture with all weights reinitialised, as a control. The same on every device."""
@@ -113,7 +138,23 @@ class Classifier:
             class_names=self.class_names,
             imagenet=self.imagenet,
             origin={**self.origin, "checkpoint": None, "random_weights": True, "untrained": seed},
-        )
+        ).with_layout(self.layout, self.prefix_tokens)
+
+    def with_layout(self, layout: str = "auto", prefix_tokens: int | None = None) -> Classifier:
+        """States the layout of layers where it cannot be seen; returns the classifier.
+
+        Parameters
+        ----------
+        layout : of outputs with four axes: "auto", "nchw" or "nhwc".
+        prefix_tokens : tokens before the patches (class token, registers); None finds them.
+        """
+        if layout not in KINDS:
+            raise UserError(f"unknown layout {layout!r}; choose from {', '.join(KINDS)}")
+        if prefix_tokens is not None and prefix_tokens < 0:
+            raise UserError(f"prefix_tokens must not be negative, got {prefix_tokens}")
+        self.layout, self.prefix_tokens = layout, prefix_tokens
+        self._checked.clear()
+        return self
 
     def spec(self) -> dict[str, Any]:
         """A JSON-able description from which :func:`load_from_spec` loads the classifier again."""
@@ -123,6 +164,8 @@ class Classifier:
             "class_names": list(self.class_names),
             "imagenet": self.imagenet,
             "weights_hash": self.weights_hash,
+            **({"layout": self.layout} if self.layout != "auto" else {}),
+            **({} if self.prefix_tokens is None else {"prefix_tokens": self.prefix_tokens}),
         }
 
     def _count_classes(self) -> int:
@@ -269,6 +312,7 @@ def load_from_spec(
         preprocessing=Preprocessing.from_dict(spec["preprocessing"]),
         seed=spec["seed"],
     )
+    classifier = classifier.with_layout(spec.get("layout", "auto"), spec.get("prefix_tokens"))
     if spec.get("untrained") is not None:
         classifier = classifier.untrained(spec["untrained"])
     classifier.imagenet = spec["imagenet"]
@@ -295,7 +339,9 @@ def _checked_spec(spec: Any) -> dict[str, Any]:
     }
     if not isinstance(spec, Mapping):
         raise UserError(f"a network is described by a record, not by a {type(spec).__name__}")
-    wrong = [name for name, kind in kinds.items() if name not in spec or not isinstance(spec[name], kind)]
+    given = {"layout": "auto", "prefix_tokens": None, **spec}
+    kinds |= {"layout": str, "prefix_tokens": (int, type(None))}
+    wrong = [name for name, kind in kinds.items() if name not in given or not isinstance(given[name], kind)]
     if wrong:
         raise UserError(f"the description of the network is damaged: {', '.join(wrong)} missing or of the wrong kind")
     return dict(spec)

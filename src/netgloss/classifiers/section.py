@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from netgloss.classifiers.layouts import layout_of
 from netgloss.classifiers.tail import TOLERANCE, _cut_out, _first_line, _last_run, _NoCut, _trace
-from netgloss.classifiers.taps import Taps
+from netgloss.classifiers.taps import Taps, find_layer, network_of
 from netgloss.errors import UserError
 from netgloss.trust import check_code
 
@@ -44,7 +45,10 @@ def cut_section(net: Any, layer: str, upper: Sequence[str], *, input_shape: tupl
     UserError
         If a layer is unknown, or what lies between is not a section of its own.
     """
-    module: nn.Module = getattr(net, "net", net)
+    module = network_of(net)
+    converted = [name for name in (layer, *upper) if not layout_of(find_layer(module, name)).is_plain]
+    if converted:
+        raise UserError(f"{converted[0]!r} gives tokens or a channels-last map: a section needs maps (B, C, H, W)")
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     images = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad(), Taps(module, [layer, *upper], stop=False) as taps:

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from netgloss.classifiers.taps import Taps, find_layer, replaced, watched
+from netgloss.classifiers.layouts import layout_of
+from netgloss.classifiers.taps import Taps, find_layer, network_of, replaced, watched
 from netgloss.errors import UserError
 
 TOLERANCE = 1e-4
@@ -41,6 +42,8 @@ class Tail:
     ----------
     mode : ``"graph"`` (the trunk is not needed) or ``"replaced"`` (calls need ``images=``).
     reason : why, in plain words.
+    ignores_patches : the logits do not depend on the layer's patch tokens at all: only its class token reaches the
+        head.
 
     Raises
     ------
@@ -49,19 +52,27 @@ class Tail:
     """
 
     def __init__(self, net: Any, layer: str, *, example: Tensor) -> None:
-        self.net: nn.Module = getattr(net, "net", net)
+        self.net = network_of(net)
         self.layer = layer
+        self.layout = layout_of(find_layer(self.net, layer))
         self.mode: Literal["graph", "replaced"] = "replaced"
+        self.ignores_patches = False
         self._graph: fx.GraphModule | None = None
         with torch.no_grad(), Taps(self.net, layer, stop=False) as taps:
             activation = taps(example)[layer]
             self._call = taps.calls[layer] - 1
             expected = taps.logits
         try:
+            if self.layout.prefix:
+                raise _NoCut(f"{layer!r} has {self.layout.prefix} prefix tokens, which come from the image")
             graph = _cut(self.net, layer, self._call + 1)
             self._verify(graph, example, activation, expected)
         except _NoCut as error:
             self.reason = str(error)
+            if self.layout.prefix:
+                with torch.no_grad():
+                    without = self._replaced(torch.zeros_like(activation), example)
+                self.ignores_patches = bool(torch.equal(without, expected))
         else:
             self._graph, self.mode = graph, "graph"
             self.reason = f"every path to the logits leads through {layer!r}"
@@ -74,7 +85,7 @@ class Tail:
         images : (B, channels, H, W) the network's input that the activation belongs to; needed in mode ``"replaced"``.
         """
         if self._graph is not None:
-            return self._graph(activation.clone())
+            return self._behind(self._graph, activation.clone())
         if images is None:
             raise UserError(f"logits from layer {self.layer!r} need images= as well: {self.reason}")
         if len(images) != len(activation):
@@ -95,11 +106,15 @@ class Tail:
         with torch.no_grad():
             for scale in (0.1, 1.0, 30.0):
                 a, b = (scale * torch.randn(2, 4, *shape, generator=generator, dtype=torch.float64)).to(device)
-                parts = [tail(x) for x in (a + b, a.clone(), b.clone(), torch.zeros_like(a))]
+                parts = [self._behind(tail, x) for x in (a + b, a.clone(), b.clone(), torch.zeros_like(a))]
                 defect = parts[0] - parts[1] - parts[2] + parts[3]
                 if not defect.abs().max() <= 1e-9 * max(float(part.abs().max()) for part in parts):
                     return False
         return True
+
+    def _behind(self, graph: fx.GraphModule, activation: Tensor) -> Tensor:
+        logits: Tensor = graph(self.layout.write(activation))
+        return logits
 
     def _replaced(self, activation: Tensor, images: Tensor) -> Tensor:
         with replaced(self.net, self.layer, activation, call=self._call):
@@ -119,7 +134,7 @@ class Tail:
             pairs.append((foreign, self._replaced(foreign, other)))
             for given, logits in pairs:
                 try:
-                    found = graph(given.clone())
+                    found = self._behind(graph, given.clone())
                 except Exception as error:
                     raise _NoCut(
                         f"the part behind {self.layer!r} does not run on its own ({_first_line(error)})"
@@ -139,7 +154,7 @@ def later_layers(net: Any, layer: str, *, input_shape: tuple[int, ...]) -> list[
     ----------
     input_shape : (channels, height, width) of the network's input.
     """
-    module: nn.Module = getattr(net, "net", net)
+    module = network_of(net)
     find_layer(module, layer)
     ran: list[str] = []
 

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from netgloss.classifiers.layouts import layout_of
 from netgloss.errors import UserError, nearest
 
 
@@ -32,6 +33,12 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
     known = [other for other in layers if other]
     hint = nearest(name, known) or known[-5:]
     raise UserError(f"{type(net).__name__} has no layer {name!r}; did you mean {', '.join(hint)}?")
+
+
+def network_of(net: Any) -> nn.Module:
+    """A module itself; of anything else (a ``Classifier``) its network ``.net``. Attributes of modules never matter."""
+    found: nn.Module = net if isinstance(net, nn.Module) else net.net
+    return found
 
 
 class _Stop(BaseException):
@@ -47,10 +54,11 @@ class Taps:
     layers : dotted names.
     stop : True ends the forward after the last layer needed; False runs it to the end and keeps :attr:`logits`.
 
-    A layer that runs several times in a forward gives its last output; how often it runs is learned in the first pass,
-    which is therefore a whole one. What comes after a layer works on a copy of its output, so that a following
-    ``ReLU(inplace=True)`` leaves the reading alone and the gradient of the logits by the reading exists; the layer
-    that ends the forward is not copied.
+    Outputs come as vectors (B, C) or maps (B, C, H, W), whatever the layer's own layout is
+    (``classifiers/layouts.py``). A layer that runs several times in a forward gives its last output; how often it runs
+    is learned in the first pass, which is therefore a whole one. What comes after a layer works on a copy of its
+    output, so that a following ``ReLU(inplace=True)`` leaves the reading alone and the gradient of the logits by the
+    reading exists; the layer that ends the forward is not copied.
 
     Raises
     ------
@@ -59,7 +67,7 @@ class Taps:
     """
 
     def __init__(self, net: Any, layers: str | Sequence[str], *, stop: bool = True) -> None:
-        self.net: nn.Module = getattr(net, "net", net)
+        self.net = network_of(net)
         self.layers = [layers] if isinstance(layers, str) else list(dict.fromkeys(layers))
         if not self.layers:
             raise UserError("Taps needs at least one layer")
@@ -121,12 +129,14 @@ class Taps:
                 return None
             output = _single_tensor(name, output)
             self._seen[name] += 1
+            layout = layout_of(module)
+            raw, output = output, layout.read(output)
             if self.stop and self.calls and all(self._seen[n] >= self.calls[n] for n in self.layers):
                 self._outputs[name] = output
                 raise self._signal
-            aliased = any(isinstance(a, Tensor) and _share_memory(a, output) for a in args)
+            aliased = any(isinstance(a, Tensor) and _share_memory(a, raw) for a in args)
             self._outputs[name] = output.clone() if aliased else output
-            return self._outputs[name].clone()
+            return layout.write(self._outputs[name], raw).clone()
 
         return read
 
@@ -147,7 +157,7 @@ def replaced(
     UserError
         For an unknown layer, or one whose output is not a single tensor.
     """
-    net = getattr(net, "net", net)
+    net = network_of(net)
     module = find_layer(net, layer)
     seen = 0
 
@@ -160,7 +170,9 @@ def replaced(
         seen += 1
         if call is not None and seen != call + 1:
             return None
-        return by.clone() if isinstance(by, Tensor) else by(_single_tensor(layer, output))
+        output, layout = _single_tensor(layer, output), layout_of(module)
+        values = by.clone() if isinstance(by, Tensor) else by(layout.read(output))
+        return layout.write(values, output)
 
     handles = [net.register_forward_pre_hook(restart), module.register_forward_hook(replace)]
     try:

@@ -34,6 +34,10 @@ class Model:
     """Mean of each channel in [0, 1] that the input is normalised by."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel."""
+    layout: Literal["auto", "nchw", "nhwc"] = "auto"
+    """Order of the axes of layers with four, where it cannot be seen (channels first or last)."""
+    prefix_tokens: int | None = None
+    """Tokens before the patches (class token, registers), where it cannot be seen."""
 
     def load(self) -> Classifier:
         from netgloss.classifiers import load_classifier
@@ -47,7 +51,7 @@ class Model:
             input_size=self.input_size,
             mean=self.mean,
             std=self.std,
-        )
+        ).with_layout(self.layout, self.prefix_tokens)
 
 
 Device = Literal["auto", "cpu", "cuda", "mps"]

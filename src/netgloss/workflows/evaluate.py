@@ -243,6 +243,12 @@ def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) ->
         warnings.append("the network has random weights: its concepts and scores say nothing about a trained one")
     if tail.mode != "graph":
         warnings.append(f"logits are computed by replaced forwards: {tail.reason}")
+    if tail.ignores_patches:
+        warnings.append(
+            f"the logits do not depend on the patch tokens of {tail.layer!r}: only its class token reaches the head, "
+            f"so "
+            "contributions are 0; explain an earlier layer"
+        )
     logits, explained = store.read_logits(context.images), explainer.explained_classes
     if logits is not None and explained is not None:
         missing = int((~np.isin(logits.argmax(axis=1), explained)).sum())

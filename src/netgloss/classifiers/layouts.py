@@ -1,0 +1,192 @@
+"""Layouts: how a layer's output is read as a vector (B, C) or a map (B, C, H, W), and written back.
+
+A layer gives vectors, maps, channels-last maps (B, H, W, C), or tokens (B, N, C) whose first ones may be no patches
+(class token, registers). The layout of a layer is found once, from the network and one forward pass, and kept on the
+layer's module; :class:`~netgloss.classifiers.taps.Taps` and ``replaced`` convert by it, so that everything above sees
+vectors and maps only. Prefix tokens stay with the image that they belong to.
+
+What decides, in this order: what the user said; the network's own facts (timm names its grid, its number of prefix
+tokens and its output format); what NaN in a corner of the image do to the output, since the features of a position are
+NaN together (``classifiers/layers.py``); equal sides of the grid. Where none of these decides, the error names the
+flag.
+
+Shape letters: B images, C features, N tokens, H W grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from netgloss.errors import UserError
+
+if TYPE_CHECKING:
+    from netgloss.classifiers.loading import Classifier
+
+Kind = Literal["vector", "nchw", "nhwc", "tokens"]
+KINDS = ("auto", "nchw", "nhwc", "tokens")
+PREFIXES = (0, 1, 2, 5)
+"""Numbers of prefix tokens that are tried: none, class, class and distillation, class and four registers."""
+_CHANNELS_FIRST = (
+    *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
+)
+_ATTRIBUTE = "_netgloss_layout"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an output is read.
+
+    Parameters
+    ----------
+    grid : (H, W) of tokens. prefix : tokens before them.
+    """
+
+    kind: Kind
+    grid: tuple[int, int] = (0, 0)
+    prefix: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """True if nothing is converted."""
+        return self.kind in ("vector", "nchw")
+
+    def read(self, output: Tensor) -> Tensor:
+        """The output as (B, C) or (B, C, H, W)."""
+        if self.kind == "nhwc":
+            return output.movedim(-1, 1)
+        if self.kind == "tokens":
+            return output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
+        return output
+
+    def write(self, values: Tensor, output: Tensor | None = None) -> Tensor:
+        """``values`` (B, C) or (B, C, H, W) in the layer's own form.
+
+        Parameters
+        ----------
+        output : the layer's output for the same images, which prefix tokens are taken from.
+        """
+        if self.kind == "nhwc":
+            return values.movedim(1, -1)
+        if self.kind == "tokens":
+            tokens = values.flatten(2).transpose(1, 2)
+            if self.prefix:
+                assert output is not None
+                tokens = torch.cat([output[:, : self.prefix], tokens], dim=1)
+            return tokens
+        return values
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """The layout kept on a layer's module; outputs are taken as they come until one was found."""
+    found = getattr(module, _ATTRIBUTE, None)
+    return found if isinstance(found, Layout) else Layout("nchw")
+
+
+def keep_layout(module: nn.Module, layout: Layout) -> None:
+    """Keeps a layout on a layer's module, so that copies of the network have it too."""
+    object.__setattr__(module, _ATTRIBUTE, layout)
+
+
+def corner_images(classifier: Classifier) -> Tensor:
+    """Two blank images (2, m, S, S'), the second with a quarter of NaN: what :func:`find_layout` decides by."""
+    height, width = classifier.input_shape[1:]
+    images = torch.zeros(2, *classifier.input_shape, device=classifier.device)
+    images[1, :, : height // 2, : width // 2] = math.nan
+    return images
+
+
+def find_layout(
+    output: Any, name: str, net: nn.Module, *, layout: str = "auto", prefix_tokens: int | None = None
+) -> Layout:
+    """The layout of a layer's output for :func:`corner_images`.
+
+    Parameters
+    ----------
+    layout, prefix_tokens : what the user said, "auto" and None for nothing.
+
+    Raises
+    ------
+    UserError : the output is not one tensor of vectors, maps or tokens, or it cannot be decided which.
+    """
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"layer {name!r} gives a {type(output).__name__}, not one tensor; choose one inside or after it"
+        )
+    shape = tuple(output.shape)
+    if not output.is_floating_point() or output.ndim not in (2, 3, 4):
+        raise UserError(f"layer {name!r} gives {shape}, neither vectors (B, C), maps (B, C, H, W) nor tokens (B, N, C)")
+    if len(output) != 2:
+        raise UserError(
+            f"layer {name!r} gives {shape} for 2 images: its first axis is not the images (attention windows, say); "
+            "choose the block around it"
+        )
+    if output.ndim == 2:
+        return Layout("vector")
+    if output.ndim == 4:
+        return Layout(_map_kind(output, name, net, layout))
+    return _tokens(output, name, net, prefix_tokens)
+
+
+def _map_kind(output: Tensor, name: str, net: nn.Module, asked: str) -> Kind:
+    if asked in ("nchw", "nhwc"):
+        return asked  # type: ignore[return-value]
+    if isinstance(dict(net.named_modules(remove_duplicate=False)).get(name), _CHANNELS_FIRST):
+        return "nchw"
+    lost = output[1].isnan()
+    if lost.any() and not lost.all():
+        first, last = ((lost.float() - lost.float().mean(axis, keepdim=True)).abs().mean() for axis in (0, 2))
+        if first != last:
+            return "nchw" if first < last else "nhwc"
+    a, b, c = output.shape[1:]
+    if b == c and a != b:
+        return "nchw"
+    if a == b and b != c:
+        return "nhwc"
+    told = str(getattr(net, "output_fmt", "")).upper()
+    if told in ("NCHW", "NHWC"):
+        return "nchw" if told == "NCHW" else "nhwc"
+    if getattr(net, "global_pool", None) is None and output.shape[2:] == (1, 1):
+        return "nchw"
+    raise UserError(
+        f"layer {name!r} gives {tuple(output.shape)}, and it cannot be seen which axis holds the features: say "
+        "--layout nchw or --layout nhwc (layout=)"
+    )
+
+
+def _tokens(output: Tensor, name: str, net: nn.Module, prefix_tokens: int | None) -> Layout:
+    count = output.shape[1]
+    lost = output[1].isnan()
+    if lost.any() and not lost.all():
+        tokens, features = ((lost.float() - lost.float().mean(axis, keepdim=True)).abs().mean() for axis in (0, 1))
+        if tokens < features:
+            raise UserError(f"layer {name!r} gives {tuple(output.shape)} with features before tokens; choose another")
+    facts = _facts(net)
+    if prefix_tokens is None and facts is not None and facts[0] * facts[1] + facts[2] == count:
+        return Layout("tokens", facts[:2], facts[2])
+    if prefix_tokens is None and facts is not None and facts[0] * facts[1] == count:
+        return Layout("tokens", facts[:2], 0)
+    tried = PREFIXES if prefix_tokens is None else (prefix_tokens,)
+    fitting = [p for p in tried if count > p and math.isqrt(count - p) ** 2 == count - p]
+    if len(fitting) != 1:
+        raise UserError(
+            f"layer {name!r} gives {count} tokens, and it cannot be seen which of them are patches of a square grid: "
+            "say --prefix-tokens N (prefix_tokens=)"
+        )
+    side = math.isqrt(count - fitting[0])
+    return Layout("tokens", (side, side), fitting[0])
+
+
+def _facts(net: nn.Module) -> tuple[int, int, int] | None:
+    """Grid and number of prefix tokens by a timm network's own account."""
+    embed = getattr(net, "patch_embed", getattr(net, "stem", None))
+    grid = getattr(embed, "grid_size", None)
+    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) for n in grid)):
+        return None
+    prefix = getattr(net, "num_prefix_tokens", 0)
+    return int(grid[0]), int(grid[1]), prefix if isinstance(prefix, int) else 0
