@@ -17,7 +17,7 @@ from netgloss.classifiers.layouts import find_layout
 def layers_of(net: nn.Module, side: int, channels: int = 3) -> dict[str, LayerInfo]:
     holder: Any = SimpleNamespace(
         net=net.eval(), input_shape=(channels, side, side), device=torch.device("cpu"),
-        find_layout=lambda name, output: find_layout(output, name, net),
+        find_layout=lambda name, output: find_layout(output, name, net, square=True),
     )  # fmt: skip
     return {info.name: info for info in list_layers(holder, receptive_field=True)}
 
@@ -62,7 +62,7 @@ def test_describes_every_layer() -> None:
     net = Net().train()
     holder: Any = SimpleNamespace(
         net=net, input_shape=(3, 8, 8), device=torch.device("cpu"),
-        find_layout=lambda name, output: find_layout(output, name, net),
+        find_layout=lambda name, output: find_layout(output, name, net, square=True),
     )  # fmt: skip
     found = {info.name: info for info in list_layers(holder, receptive_field=True)}
     assert net.training

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import netgloss
 from netgloss.classifiers import Classifier, Preprocessing, Tail, Taps, list_layers, load_classifier, replaced
-from netgloss.classifiers.layouts import Layout, layout_of
+from netgloss.classifiers.layouts import Layout, find_layout, layout_of
 from netgloss.errors import UserError
 
 SPEC = {"size": [24, 24], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -261,3 +261,13 @@ def test_a_module_with_an_attribute_called_net_is_not_unwrapped() -> None:
     assert isinstance(net.preprocessing_spec, dict)
     assert Preprocessing.from_dict({**classifier_of(net).preprocessing.to_dict()}).size == (24, 24)
     assert np.isfinite(classifier_of(net).weights_hash.__hash__())
+
+
+def test_concatenated_features_of_different_depth_are_channels() -> None:
+    """As in DenseNet: the deep channels have lost every position to NaN, the shallow ones a quarter of them."""
+    output = torch.zeros(2, 6, 4, 4)
+    output[1, 3:] = torch.nan
+    output[1, :3, :2, :2] = torch.nan
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+    assert find_layout(output, "1", net, square=True).kind == "nchw"
+    assert find_layout(output.movedim(1, -1), "1", net, square=True).kind == "nhwc"

@@ -45,7 +45,7 @@ def test_a_run_folder_holds_everything(nmf_run: Run) -> None:
         nmf_run.manifest["versions"]["torch"] == torch.__version__.split("+")[0]
         or nmf_run.manifest["versions"]["torch"]
     )
-    assert set(nmf_run.manifest["times"]) == {"capture", "fit seed 0", "fit seed 1", "evaluate", "gloss"}
+    assert set(nmf_run.manifest["times"]) == {"capture", "fit seed 0", "fit seed 1", "evaluate", "explanations"}
     assert not list(nmf_run.path.rglob("*.part*"))
     assert not list(nmf_run.path.rglob("*.pkl"))
 

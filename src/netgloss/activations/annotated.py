@@ -29,7 +29,8 @@ LABEL_SHARE = 0.6
 
 def mask_grid(annotation: ImageAnnotation, labels: Sequence[str], grid: tuple[int, int]) -> np.ndarray:
     """(L, H, W) bool of a placed annotation: masks by the pixel nearest to each cell's centre, boxes and keypoints by
-    half coverage."""
+    half coverage.
+    """
     found = np.zeros((len(labels), *grid), bool)
     number = {label: i for i, label in enumerate(labels)}
     if annotation.mask is not None:
@@ -154,7 +155,8 @@ class MaskedLayer:
 
     def rows(self, images: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All rows of some images as a supervised method reads them: rows (N, C), labels (N, L) and which count (N,
-        L), by the mask cell nearest to each position's centre, and the image of each row (N,)."""
+        L), by the mask cell nearest to each position's centre, and the image of each row (N,).
+        """
         shape = self.store.shapes[self.layer]
         h, w = shape[1:] if len(shape) == 3 else (1, 1)
         ys = ((np.arange(h) + 0.5) * self.grid[0] / h).astype(int)

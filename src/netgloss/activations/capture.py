@@ -399,7 +399,8 @@ def image_batches(
     workers: int | None = None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Network inputs (B, channels, height, width) on the classifier's device, in channels-last memory, with the reason
-    of each unreadable image, in order. Images travel as bytes and are normalised a batch at a time."""
+    of each unreadable image, in order. Images travel as bytes and are normalised a batch at a time.
+    """
     dataset = PreparedImages(source, classifier.preprocessing, indices, classifier.input_shape)
     if batches is None:
         everything = list(range(len(indices)))

@@ -49,7 +49,8 @@ class Layer:
         self, images: np.ndarray, *, batch_size: int = BATCH, rank: int = 0, world: int = 1
     ) -> Iterator[LayerBatch]:
         """Activations, logits and class labels of some images, with the tail ready for each batch; every ``world``-th
-        batch from ``rank`` on."""
+        batch from ``rank`` on.
+        """
         for start in range(rank * batch_size, len(images), world * batch_size):
             index = images[start : start + batch_size]
             activation = torch.from_numpy(self.store.read(self.name, index)).float().to(self.classifier.device)

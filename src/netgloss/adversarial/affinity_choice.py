@@ -26,7 +26,8 @@ SHIPPED = ("cifar10", "imagenet1k")
 @dataclass(frozen=True)
 class AffinityChoice:
     """Where the affinity of classes comes from; the first that is given, else the classifier's WordNet ids, else the
-    class names if they are WordNet ids, else the identity."""
+    class names if they are WordNet ids, else the identity.
+    """
 
     affinity: Path | None = None
     """Matrix of classes by classes (.npy or .csv)."""

@@ -80,7 +80,7 @@ def arm_name(arm: Arm) -> str:
 
 
 def feature_distance(phi: Tensor, other: Tensor, *, kind: Distance = "relative") -> Tensor:
-    """d of the module docstring, a scalar, of features (B, ...) of real and of adversarial images."""
+    """D of the module docstring, a scalar, of features (B, ...) of real and of adversarial images."""
     if phi.shape != other.shape:
         raise UserError(f"features must have the same shape, got {tuple(phi.shape)} and {tuple(other.shape)}")
     phi_BD, other_BD = phi.flatten(1), other.flatten(1)

@@ -90,7 +90,8 @@ def selection(check: dict[str, float]) -> float:
 
 def overfits(checks: list[dict[str, float]]) -> bool:
     """Catastrophic overfitting at the last of the epochs' checks: PGD accuracy more than 0.10 below its best, FGSM-RS
-    accuracy not below what it was then."""
+    accuracy not below what it was then.
+    """
     best = max(range(len(checks)), key=lambda i: checks[i]["pgd"])
     last = checks[-1]
     return last["pgd"] < checks[best]["pgd"] - 0.10 and last["fgsm_rs"] >= checks[best]["fgsm_rs"]
@@ -402,7 +403,8 @@ def check_epoch(
     pixels: PixelClassifier, layer: str, held: LabelledPixels, config: HardenConfig, device: torch.device
 ) -> dict[str, float]:
     """Accuracies of the held-out images, clean and under FGSM-RS and PGD, the mean norm of phi and its effective
-    rank."""
+    rank.
+    """
     right = {"clean": 0, "fgsm_rs": 0, "pgd": 0}
     features = []
     for part in torch.arange(len(held)).split(64):

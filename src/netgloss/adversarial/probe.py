@@ -76,7 +76,7 @@ class AttackChoice:
 
     @property
     def radius(self) -> float:
-        """eps in pixels of [0, 1]."""
+        """Eps in pixels of [0, 1]."""
         return self.eps if self.attack == "pgd-l2" else self.eps / 255
 
 
@@ -183,7 +183,8 @@ def read_layers(
     advance: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What each reader makes of the layers' outputs, joined over images (N, channels, H, W), on the CPU; and logits
-    (N, classes)."""
+    (N, classes).
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in readers}
     logits = []
     with Taps(pixels.net, layers, stop=False) as taps:
@@ -388,7 +389,8 @@ def _layer_result(
 
 def network_mean(results: Mapping[str, LayerResult]) -> dict[str, float]:
     """Mean over the declared layers of their mean consis_cal, on R and where measured on V (the published rule is
-    unknown)."""
+    unknown).
+    """
     found = {"real": _mean(torch.tensor([r.scores.summary()["consis_cal"] for r in results.values()]))}
     compared = [r.comparison.summary() for r in results.values() if r.comparison is not None]
     if compared:

@@ -104,6 +104,7 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 def layer_record(
     result: LayerResult, data: LabelledPixels, affinities: dict[str, np.ndarray], differences: dict[str, Any] | None
 ) -> dict[str, Any]:
+    """What the experiment stores of one layer: consistency, depth, affinities and differences."""
     depth = consistency_by_depth(result.real, data.probe_labels, affinities["chosen"])
     counts = data.probe_labels.bincount()
     halves = math.nan
@@ -136,6 +137,7 @@ def layer_record(
 def attack_record(
     attack: AttackChoice, adversarial: Adversarial, logits: dict[str, Tensor], data: LabelledPixels
 ) -> dict[str, Any]:
+    """What the experiment stores of the attack: its strength, its success and its targets."""
     predicted = logits["real"].argmax(1)
     return {
         **dataclasses.asdict(attack),
@@ -168,6 +170,7 @@ def over_seeds(measured: Sequence[dict[str, LayerResult]]) -> dict[str, Any]:
 
 
 def layer_score(layer: str, measured: Sequence[dict[str, LayerResult]]) -> Score:
+    """The consistency of one layer over all seeds, with its baselines."""
     first = measured[0][layer].summary()
     baselines = {"random directions": first.get("random_real"), "untrained network": first["untrained"]}
     if "channels_real" in first:
@@ -180,6 +183,7 @@ def layer_score(layer: str, measured: Sequence[dict[str, LayerResult]]) -> Score
 
 
 def run_warnings(result: dict[str, Any], *, pooling: str) -> list[str]:
+    """What a reader of the record must know before using its numbers."""
     found = []
     if not result["affinity"]["semantics"]:
         found.append(

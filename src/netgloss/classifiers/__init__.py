@@ -1,5 +1,6 @@
 """Classifiers: loading by name, listing layers, reading and replacing what layers give, and the path from a layer to
-the logits."""
+the logits.
+"""
 
 from netgloss.classifiers.layers import LayerInfo, list_layers
 from netgloss.classifiers.loading import Classifier, imagenet_wnids, load_classifier, load_from_spec

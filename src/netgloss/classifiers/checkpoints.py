@@ -49,7 +49,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 def load_weights(net: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> None:
     """Fills every weight of ``net`` from ``state``, or says in one line what does not fit and leaves ``net`` as it
-    was."""
+    was.
+    """
     own = net.state_dict()
     state = _renamed(state, set(own))
     shapes = {
@@ -68,7 +69,8 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], *, source: str | Path
 
 def hash_weights(net: nn.Module) -> str:
     """sha256 (hex) over the names, dtypes, shapes and bytes of the state dict, sorted by name; the same on any
-    device."""
+    device.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

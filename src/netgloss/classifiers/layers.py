@@ -128,7 +128,8 @@ def _edges(
     from_: bool,
 ) -> dict[str, tuple[list[int], list[int]]]:
     """For rows and for columns, at every threshold t: the first cell that is NaN when pixels from t on are, or the last
-    one when pixels up to t are."""
+    one when pixels up to t are.
+    """
     edges: dict[str, tuple[list[int], list[int]]] = {name: ([], []) for name in maps}
     latest: dict[str, Tensor] = {}
 

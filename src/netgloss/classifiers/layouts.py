@@ -6,9 +6,10 @@ layer's module; :class:`~netgloss.classifiers.taps.Taps` and ``replaced`` conver
 vectors and maps only. Prefix tokens stay with the image that they belong to.
 
 What decides, in this order: what the user said; the network's own facts (timm names its grid, its number of prefix
-tokens and its output format); what NaN in a corner of the image do to the output, since the features of a position are
-NaN together (``classifiers/layers.py``); equal sides of the grid. Where none of these decides, the error names the
-flag.
+tokens and its output format); equal sides of the grid of a square image; what NaN in a corner of the image do to the
+output, since the features of a position are NaN together (``classifiers/layers.py``). Networks that concatenate shallow
+and deep features lose more positions in the deep ones, so the sides come first. Where none of these decides, the error
+names the flag.
 
 Shape letters: B images, C features, N tokens, H W grid.
 """
@@ -102,12 +103,13 @@ def corner_images(classifier: Classifier) -> Tensor:
 
 
 def find_layout(
-    output: Any, name: str, net: nn.Module, *, layout: str = "auto", prefix_tokens: int | None = None
+    output: Any, name: str, net: nn.Module, *, square: bool, layout: str = "auto", prefix_tokens: int | None = None
 ) -> Layout:
     """The layout of a layer's output for :func:`corner_images`.
 
     Parameters
     ----------
+    square : True if the images are square, as the grid of features then is too.
     layout, prefix_tokens : what the user said, "auto" and None for nothing.
 
     Raises
@@ -129,25 +131,26 @@ def find_layout(
     if output.ndim == 2:
         return Layout("vector")
     if output.ndim == 4:
-        return Layout(_map_kind(output, name, net, layout))
+        return Layout(_map_kind(output, name, net, layout, square))
     return _tokens(output, name, net, prefix_tokens)
 
 
-def _map_kind(output: Tensor, name: str, net: nn.Module, asked: str) -> Kind:
+def _map_kind(output: Tensor, name: str, net: nn.Module, asked: str, square: bool) -> Kind:
     if asked in ("nchw", "nhwc"):
         return asked  # type: ignore[return-value]
     if isinstance(dict(net.named_modules(remove_duplicate=False)).get(name), _CHANNELS_FIRST):
         return "nchw"
+    a, b, c = output.shape[1:]
+    sides: Kind | None = "nchw" if b == c != a else "nhwc" if a == b != c else None
+    if square and sides is not None:
+        return sides
     lost = output[1].isnan()
     if lost.any() and not lost.all():
         first, last = ((lost.float() - lost.float().mean(axis, keepdim=True)).abs().mean() for axis in (0, 2))
         if first != last:
             return "nchw" if first < last else "nhwc"
-    a, b, c = output.shape[1:]
-    if b == c and a != b:
-        return "nchw"
-    if a == b and b != c:
-        return "nhwc"
+    if sides is not None:
+        return sides
     told = str(getattr(net, "output_fmt", "")).upper()
     if told in ("NCHW", "NHWC"):
         return "nchw" if told == "NCHW" else "nhwc"

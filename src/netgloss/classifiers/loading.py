@@ -127,7 +127,8 @@ class Classifier:
 
     def find_layout(self, name: str, output: Any) -> Layout:
         """The layout of a layer's output for ``corner_images``."""
-        return find_layout(output, name, self.net, layout=self.layout, prefix_tokens=self.prefix_tokens)
+        square = self.input_shape[1] == self.input_shape[2]
+        return find_layout(output, name, self.net, square=square, layout=self.layout, prefix_tokens=self.prefix_tokens)
 
     def untrained(self, seed: int) -> Classifier:
         """The same architecture with all weights reinitialised, as a control. The same on every device."""

@@ -149,7 +149,8 @@ class Preprocessing:
 
     def batch(self, pixels: Tensor) -> Tensor:
         """The network's input (B, C, H, W), float32, of a batch of :meth:`bytes`, on their device and in their memory
-        order: what ``__call__`` gives for each, within rounding."""
+        order: what ``__call__`` gives for each, within rounding.
+        """
         scale = 1 / (255 * torch.tensor(self.std, device=pixels.device))
         shift = -torch.tensor(self.mean, device=pixels.device) / torch.tensor(self.std, device=pixels.device)
         return pixels.float().mul_(scale[:, None, None]).add_(shift[:, None, None])
@@ -172,7 +173,8 @@ class Preprocessing:
 
     def with_options(self, **options: Any) -> Preprocessing:
         """A copy with some fields changed; a new ``size`` alone scales ``resize`` with it, so that the same part is
-        seen."""
+        seen.
+        """
         known = {field.name for field in dataclasses.fields(self)}
         for name in options:
             if name not in known:

@@ -48,6 +48,7 @@ def build(
     size: tuple[int, int] | None,
     state_names: Collection[str],
 ) -> Built:
+    """The network of a name, a path or a module, and what its source says of input and labels."""
     if isinstance(source, nn.Module):
         if num_classes is not None:
             raise UserError(f"num_classes={num_classes} cannot change a module that is built already")

@@ -122,7 +122,8 @@ class Tail:
 
     def _verify(self, graph: fx.GraphModule, images: Tensor, activation: Tensor, expected: Tensor) -> None:
         """The cut gives the network's logits: for these images, for other ones, and for activations of no image at
-        all."""
+        all.
+        """
         generator = torch.Generator().manual_seed(0)
         other = images.flip(-1, -2) + torch.randn(images.shape, generator=generator).to(images) * 0.5
         other = torch.cat([other, images[:1]])

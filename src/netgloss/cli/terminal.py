@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def command_line() -> str:
+    """The command as the user typed it, quoted for a shell."""
     return shlex.join(["netgloss", *sys.argv[1:]])
 
 
@@ -26,12 +27,14 @@ def is_main_process() -> bool:
 
 
 def console() -> Any:
+    """Rich's console for plain text: no markup, no wrapping inside a line."""
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def print_problems(problems: dict[str, str], limit: int = 5) -> None:
+    """Print which images could not be read, at most ``limit`` of them."""
     if problems:
         out = console()
         out.print(f"{len(problems)} image(s) could not be read and were skipped:", style="yellow")
@@ -40,6 +43,7 @@ def print_problems(problems: dict[str, str], limit: int = 5) -> None:
 
 
 def print_scores(run: Any) -> None:
+    """Print a run's scores as a table."""
     from rich.table import Table
 
     table = Table("metric", "value", "95 % interval", "baselines", box=None)

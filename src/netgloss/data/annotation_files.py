@@ -202,6 +202,7 @@ class Coco(Annotations):
 
 
 def open_json(path: Path) -> Annotations:
+    """Annotations of a COCO or netgloss JSON file, told apart by their keys."""
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

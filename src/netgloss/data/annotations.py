@@ -35,7 +35,8 @@ Keypoint = tuple[str, float, float]
 
 class Geometry(Protocol):
     """The affine map of a preprocessing: x in the network's input = x in the image * scale_x + offset_x, y likewise;
-    ``width`` and ``height`` of the input."""
+    ``width`` and ``height`` of the input.
+    """
 
     @property
     def scale_x(self) -> float: ...

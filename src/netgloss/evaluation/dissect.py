@@ -58,7 +58,8 @@ class Dissected:
 
 def own_thresholds(explainer: Explainer, lowest: Tensor) -> Tensor | None:
     """(I,) what the method itself calls on: its thresholds, 0 for codes that are never negative; None if it has
-    none."""
+    none.
+    """
     thresholds = getattr(explainer, "thresholds", None)
     if thresholds is not None:
         return thresholds().detach().cpu().float()
@@ -183,7 +184,8 @@ def significance(
     explainer: Explainer, found: Dissected, data: MaskedLayer, images: np.ndarray, *, seed: int = 0
 ) -> dict[str, Tensor]:
     """The permutation test of one rule's labels on the score images, one block of them after the other; see
-    :class:`~netgloss.metrics.dissection.significance.PermutationTest`."""
+    :class:`~netgloss.metrics.dissection.significance.PermutationTest`.
+    """
     test = PermutationTest(found.thresholds, found.detectors.labels, data.vocabulary, seed=seed)
     for block in blocks_of(len(images), seed=seed):
         some = np.sort(images[block.numpy()])

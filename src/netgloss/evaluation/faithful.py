@@ -120,14 +120,20 @@ class _Agreement(MeanOfDefined):
 
 
 class ContributionSobol(_Agreement):
+    """Agreement of the contributions with the Sobol indices."""
+
     definition = _Agreement._TEXT.format("|contribution| (gradient x concept) to the predicted class", "Sobol index")
 
 
 class ContributionShapley(_Agreement):
+    """Agreement of the contributions with the Shapley values of the logit."""
+
     definition = _Agreement._TEXT.format("contribution (gradient x concept)", "Shapley value of the logit")
 
 
 class ContributionStrength(_Agreement):
+    """Agreement of the contributions with the concepts' mean activities."""
+
     definition = _Agreement._TEXT.format("|contribution| to the predicted class", "mean activity, whatever the class")
 
 

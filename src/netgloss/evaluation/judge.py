@@ -340,7 +340,8 @@ def _inputs(
     rebuild: Rebuild, layer: Layer, batch: LayerBatch, part: slice
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """Indices of a part of a batch and the inputs of metrics there, on the CPU: of the layer, and of each layer above
-    that the subject rebuilds (the network's activation and the rebuilt one)."""
+    that the subject rebuilds (the network's activation and the rebuilt one).
+    """
     index = batch.index[part]
     if len(index) < len(batch.index):
         batch = next(layer.batches(index.numpy(), batch_size=len(index)))

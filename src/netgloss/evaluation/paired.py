@@ -77,7 +77,7 @@ class Difference:
 
 
 def difference(a: Measured, b: Measured) -> Difference:
-    """a minus b, paired over images (module docstring).
+    """A minus b, paired over images (module docstring).
 
     Raises
     ------

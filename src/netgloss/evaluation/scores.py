@@ -192,7 +192,7 @@ def _verdict(against: Mapping[str, Difference], higher_is_better: bool | None) -
 
 
 def _mark(verdicts: Sequence[str]) -> str:
-    """ "beats random", "worse than random", "not distinguishable from random", "differs from random" or ""."""
+    """One of "beats random", "worse than random", "not distinguishable from random", "differs from random" or ""."""
     known = [verdict for verdict in verdicts if verdict != "unknown"]
     if not known:
         return ""

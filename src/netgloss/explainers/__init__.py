@@ -1,0 +1,1 @@
+"""The methods that turn a layer's activations into concepts, one file each, and their baselines."""

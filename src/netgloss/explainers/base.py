@@ -240,16 +240,19 @@ class Explainer(nn.Module):
     def adopt(self, section: nn.Module) -> None:
         """With ``"section"`` in :meth:`needs`: takes an independent, trainable copy of the network's part from the
         layer to ``spec.upper`` (activation -> dict by layer name, in eval mode). Called once, after construction and
-        before the fit, or before the saved state is loaded."""
+        before the fit, or before the saved state is loaded.
+        """
 
     def decoder_for(self, activation: Tensor) -> Callable[[Tensor], Any]:
         """:meth:`decode`, with what of ``activation`` reaches the target in parallel to the concepts held fixed
-        (default: nothing does)."""
+        (default: nothing does).
+        """
         return self.decode
 
     def partial(self) -> dict[str, Callable[[Tensor], Any]]:
         """Methods that rebuild by several tracks: by name, from an activation to the target by one of them alone; they
-        are scored as baselines of the whole."""
+        are scored as baselines of the whole.
+        """
         return {}
 
     @classmethod

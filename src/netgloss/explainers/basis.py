@@ -326,7 +326,7 @@ class Plateau(nn.Module):
 
     @staticmethod
     def _short(s: dict[str, float], mean: float) -> None:
-        """torch's ReduceLROnPlateau (mode min, relative threshold) on one window's mean."""
+        """Torch's ReduceLROnPlateau (mode min, relative threshold) on one window's mean."""
         if s["count"] == _WINDOW or mean < s["best"] - _THRESHOLD * abs(s["best"]):
             s["best"], s["bad"] = mean, 0
         else:
@@ -444,7 +444,7 @@ class InterpretableBasis(RowsExplainer):
         return self._standardise(rows) @ self.basis
 
     def decode_rows(self, codes: Tensor) -> Tensor:
-        """z (N, I) -> rows (N, D), exactly."""
+        """Z (N, I) -> rows (N, D), exactly."""
         return self.mean + self._raw(codes.to(self.scale.dtype) @ self.basis.T)
 
     # -- what else a basis can say --------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ class InterpretableBasis(RowsExplainer):
 
     @property
     def _cayley(self) -> Any:
-        """torch's parametrisation: ``original`` is the skew parameter, ``[0].base`` the base."""
+        """Torch's parametrisation: ``original`` is the skew parameter, ``[0].base`` the base."""
         return self.rotation.parametrizations.weight  # type: ignore[union-attr]
 
     def _standardise(self, rows: Tensor) -> Tensor:

@@ -161,7 +161,8 @@ COINCIDING = 0.5
 
 def watch(maps: Tensor) -> dict[str, Tensor]:
     """Shares of dead maps (never above 0) and of frozen ones (one peak in over 95 % of the images where they are
-    active) in a batch (B, C, H, W)."""
+    active) in a batch (B, C, H, W).
+    """
     dead, frozen = dead_and_frozen(peak_counts(maps))
     return {"dead_share": dead.float().mean(), "frozen_share": frozen.float().mean()}
 
@@ -181,7 +182,8 @@ def dead_and_frozen(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def coinciding_peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
     """(C, C) twice: in how many images (B, C, H, W) two maps peak within one cell of each other, and in how many both
-    have a peak."""
+    have a peak.
+    """
     flat = maps.detach().flatten(2)
     cell = flat.argmax(dim=2)
     place_BC2 = torch.stack([cell // maps.shape[3], cell % maps.shape[3]], dim=2).short()
@@ -197,7 +199,8 @@ def coinciding_peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_of_pairs(near: Tensor, both: Tensor) -> float:
     """Share of the images in which two different maps coincide, mean over pairs; 1 if all look at the same place, NaN
-    of a single map."""
+    of a single map.
+    """
     shares = near / both
     return float(shares[~torch.eye(len(shares), dtype=torch.bool)].nanmean())
 
@@ -417,21 +420,22 @@ class PartExplainer(Explainer):
         return found.relu() if self.spec.nonnegative else found
 
     def _weighted_parts(self, maps: Tensor) -> Tensor:
-        """s p xi of part maps x2."""
+        """S p xi of part maps x2."""
         weight = 1.0 if self.share is None else self.share.sigmoid()
         masked = self._masked(maps)
         return weight * self._normed(masked, masked.sum(dim=(2, 3)), 0)
 
     def _weighted_rest(self, activation: Tensor) -> Tensor:
-        """s (1 - p) xo."""
+        """S (1 - p) xo."""
         if self.share is None:
             return torch.zeros_like(activation)
         rest = self._rest(activation)
         return (1 - self.share.sigmoid()) * self._normed(rest, self._total(rest), 1)
 
     def _normed(self, values: Tensor, total: Tensor, track: int) -> Tensor:
-        """s values / alpha; in training alpha is the batch's, with its gradient, as in batch normalisation: else the
-        rebuilding would shrink the part maps to nothing."""
+        """S values / alpha; in training alpha is the batch's, with its gradient, as in batch normalisation: else the
+        rebuilding would shrink the part maps to nothing.
+        """
         alpha = total.mean(dim=0) if self.training else self.alpha[track]
         return values * (self.scale / _floored(alpha))[:, None, None]
 

@@ -124,7 +124,8 @@ class SparseAutoencoder(RowsExplainer):
         self, scaled: Tensor, error: Tensor, dead: Tensor, atoms: Tensor, *, aux_k: int | None, weight: float
     ) -> Tensor:
         """The loss that revives dead atoms: what the ``aux_k`` strongest of each row (default half the features) could
-        explain of the residual (N, C), a constant here; ``()``."""
+        explain of the residual (N, C), a constant here; ``()``.
+        """
         if not len(dead) or not weight:
             return error.new_zeros(())
         target_NC = error.detach()

@@ -1,4 +1,6 @@
-"""Other explainers' concepts made visible by a decoder of the same layer. (Ours; no source in the literature.)
+"""Other explainers' concepts made visible by a decoder of the same layer.
+
+Ours; no source in the literature.
 
 ::
 

@@ -35,7 +35,8 @@ def distinct_filters(order: Sequence[int], shares: Tensor, distinct: float) -> I
 
 def strongest_images(maps: Tensor, count: int) -> Tensor:
     """Images (B, H, W) of one filter whose peak passes the level exceeded by 0.3 % of its activations, strongest
-    first, at most ``count``; those of a dead filter are none."""
+    first, at most ``count``; those of a dead filter are none.
+    """
     values = maps.flatten().float()
     sampled = values[:: max(1, len(values) // _SAMPLED)]
     level = torch.quantile(sampled, 1 - _RARE)

@@ -154,7 +154,8 @@ def trivial_peaks(
     landmarks: Tensor, *, grid: tuple[int, int], size: tuple[int, int], seed: int = 0
 ) -> dict[str, Peaks]:
     """The trivial predictors that every score is compared with: ``constant_centre``, ``random_cell`` (a new one per
-    image, 64 draws) and ``true_part`` (each landmark's own place, on the grid: one concept a landmark)."""
+    image, 64 draws) and ``true_part`` (each landmark's own place, on the grid: one concept a landmark).
+    """
     generator = torch.Generator().manual_seed(seed)
     number, parts = len(landmarks), landmarks.shape[1]
     side = torch.tensor([size[1] / grid[1], size[0] / grid[0]], dtype=torch.float64)

@@ -1,5 +1,6 @@
 """A run in a notebook: a small table of its scores and its leading concepts, as escaped HTML without script or style
-sheet (notebooks are sent around as well), legible on light and dark pages."""
+sheet (notebooks are sent around as well), legible on light and dark pages.
+"""
 
 from __future__ import annotations
 

@@ -372,7 +372,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 def in_order(data: bytes) -> bytes:
     """A safetensors file with the entries of its header sorted: equal contents are equal bytes (safetensors writes the
-    metadata in a random order)."""
+    metadata in a random order).
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -152,7 +152,6 @@ def pixel_reader(classifier: Classifier, source: ImageSource, size: tuple[int, i
 
 def logits_of_images(classifier: Classifier) -> Callable[[Tensor], Tensor]:
     """Differentiable logits of images (B, m, S, S') in [0, 1]: clipped, resized to the network's input, normalised."""
-
     return lambda images: classifier.net(_network_input(classifier, images))
 
 

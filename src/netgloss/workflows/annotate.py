@@ -46,7 +46,8 @@ _SHOWN = 12
 
 def open_annotated(annotations: str, source: ImageSource | None) -> ImageSource:
     """Annotated images: those next to the annotations (a folder ``images``), scenes that annotate themselves
-    (``critters:N,seed=S``), else ``source``, the run's own images."""
+    (``critters:N,seed=S``), else ``source``, the run's own images.
+    """
     path = Path(annotations)
     if not path.exists() and annotations.split(":")[0] == "critters":
         return open_images(annotations)

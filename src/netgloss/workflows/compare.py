@@ -350,7 +350,8 @@ def _fit_methods(
     execution: Execution,
 ) -> list[Subject]:
     """One run folder per method below ``folder``; those that exist already are only read. A method that cannot be
-    fitted gets the reason."""
+    fitted gets the reason.
+    """
     subjects = []
     for method, label in zip(methods, _labels(methods), strict=True):
         subject = Subject(label, method, kind="control" if method in CONTROLS else "method")

@@ -360,7 +360,8 @@ def _differences(
     progress: Progress,
 ) -> dict[str, Any]:
     """Prediction differences (PD) of the units on some images of R and V, the agreement s of each image, and how well s
-    and the largest probability detect V, and wrong images of R."""
+    and the largest probability detect V, and wrong images of R.
+    """
     data, adversarial, result = measured.data, measured.adversarial, measured.results[layer]
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     chosen = drawn[:num_images].sort()[0]

@@ -45,7 +45,8 @@ def describe_network(name: str, network: Classifier) -> str:
 
 def add_untrained_network(context: EvaluationContext, subject: Subject, count: int) -> None:
     """Adds the baseline ``untrained_network`` to one subject, from at most ``count`` images: half to fit, half to
-    evaluate. Activations are kept in a temporary store. A method that refuses the network is left without it."""
+    evaluate. Activations are kept in a temporary store. A method that refuses the network is left without it.
+    """
     assert context.source is not None
     picked = _draw(context.source, count)
     if len(picked) < 4:

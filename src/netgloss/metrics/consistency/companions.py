@@ -34,7 +34,8 @@ DEPTHS: dict[str, tuple[float, float]] = {
 @dataclass(frozen=True)
 class Selectivity:
     """The subtree that each unit identifies best: its node, AUROC (U,) and average precision (U,) on unseen sources,
-    and the share of images in it (U,), which is the average precision of chance."""
+    and the share of images in it (U,), which is the average precision of chance.
+    """
 
     nodes: list[str]
     auroc: NDArray[np.float64]

@@ -85,7 +85,7 @@ def strongest_units(differences: Tensor, *, top: int = 10) -> tuple[Tensor, Tens
 def agreement_with_units(
     differences: Tensor, class_vectors: Tensor, affinity: Tensor, classes: Tensor, *, top: int = 10
 ) -> Tensor:
-    """s (B,) of the module docstring; NaN where no unit has a positive PD.
+    """S (B,) of the module docstring; NaN where no unit has a positive PD.
 
     Parameters
     ----------

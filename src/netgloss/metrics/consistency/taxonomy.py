@@ -90,7 +90,7 @@ class Taxonomy:
         return {node: np.asarray(indices) for node, indices in below.items()}
 
     def distances(self, classes: Sequence[str]) -> NDArray[np.float64]:
-        """d (C, C) as in the module docstring; inf for classes without a common hypernym.
+        """D (C, C) as in the module docstring; inf for classes without a common hypernym.
 
         Raises
         ------

@@ -1,4 +1,6 @@
-"""Do a unit's top images keep their classes when the images are adversarial? (Dong et al., arXiv 1708.05493.)
+"""Do a unit's top images keep their classes when the images are adversarial?
+
+Dong et al., arXiv 1708.05493.
 
 p_R are the classes of a unit's top real images; p_V the true classes and p_T the target classes of its top adversarial
 images::

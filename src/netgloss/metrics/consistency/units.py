@@ -1,4 +1,6 @@
-"""Do the images that excite a unit most share a meaning? (After Dong et al., arXiv 1708.05493 and 1901.09035.)
+"""Do the images that excite a unit most share a meaning?
+
+After Dong et al., arXiv 1708.05493 and 1901.09035.
 
 A unit is a channel, or a concept of an explainer; its response to an image is the maximum of its map. Of the k images
 with the largest responses, p_c is the share of class c, and with the affinity A of classes (``metrics/affinity.py``)::
@@ -110,7 +112,7 @@ class Units:
 
 
 def top_set_size(labels: Tensor, *, k: int | None = None) -> int:
-    """k = min(max(ceil(N / 100), 20), size of the smallest class), so that a unit of one class can reach 1.
+    """K = min(max(ceil(N / 100), 20), size of the smallest class), so that a unit of one class can reach 1.
 
     Raises
     ------

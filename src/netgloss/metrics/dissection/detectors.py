@@ -203,7 +203,8 @@ class Overlaps:
 
     def best(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Label and IoU of each concept, runner-up and its IoU, (R, I) each; -1 where the IoU is 0. Ties: lower
-        index."""
+        index.
+        """
         values, order = self.iou().sort(dim=-1, descending=True, stable=True)
         labels = torch.where(values > 0, order, -1)
         if self.num_labels == 1:

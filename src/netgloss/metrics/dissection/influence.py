@@ -44,8 +44,9 @@ def sensitivity(tail: Tail, activation: Tensor, directions: Tensor, alpha: float
 
 
 def influence_test(scores: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
-    """p (I, K) of sensitivities against those of random directions (N, K), p = (1 + #{|null| >= |score|}) / (1 + N),
-    and which are significant at 0.05 over all I K (Benjamini-Hochberg)."""
+    """P (I, K) of sensitivities against those of random directions (N, K), p = (1 + #{|null| >= |score|}) / (1 + N),
+    and which are significant at 0.05 over all I K (Benjamini-Hochberg).
+    """
     from scipy.stats import false_discovery_control
 
     if not len(null):

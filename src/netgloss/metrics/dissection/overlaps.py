@@ -34,7 +34,8 @@ Array = npt.NDArray[np.int64]
 
 def upsample(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """Concept maps (B, I, h, w), or concepts (B, I) of a vector layer, on the mask grid: bilinear, corners not
-    aligned."""
+    aligned.
+    """
     if maps.ndim == 2:
         return maps[:, :, None, None].expand(-1, -1, *grid)
     if maps.ndim != 4:

@@ -80,7 +80,8 @@ def rate_thresholds(
 
 def shared_thresholds(chunks: Chunks, rates: Sequence[float], *, known: Extent | None = None) -> Tensor:
     """One threshold for all concepts at which they are on in the share ``rates`` of the rows on average: (R, I), rows
-    equal."""
+    equal.
+    """
     known = known or extent(chunks)
     number = known.low.numel()
     together = Extent(known.rows * number, known.low.min()[None], known.high.max()[None])

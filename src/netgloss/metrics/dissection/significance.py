@@ -79,7 +79,8 @@ class PermutationTest:
 
     def compute(self) -> dict[str, Tensor]:
         """(I,) each: ``observed`` T, ``expected`` E T, ``deviation`` sqrt(Var T), ``z``, ``p`` (1 without label),
-        ``significant``."""
+        ``significant``.
+        """
         from scipy.stats import false_discovery_control
 
         if self._images < 2:
