@@ -126,10 +126,11 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Any:
-    """The network at 128 pixels where its architecture takes them, else at its own size."""
-    if "vit_" not in name and "swin" not in name and name.startswith("timm:"):
+    """The network at 128 or 224 pixels where its architecture takes them, else at its own size."""
+    sizes = (224,) if "vit" in name or "swin" in name or "dinov2" in name else (128, 224)
+    for size in sizes if name.startswith("timm:") else ():
         try:
-            return netgloss.load_classifier(name, random_weights=True, input_size=128)
+            return netgloss.load_classifier(name, random_weights=True, input_size=size)
         except UserError:
             pass
     return netgloss.load_classifier(name, random_weights=True)
@@ -141,6 +142,15 @@ def chosen(layers: list[Any]) -> list[str]:
     last = {layer.layout: layer.name for layer in layers if layer.readable and layer.calls}
     middle = [maps[len(maps) // 2].name, maps[-1].name] if maps else []
     return list(dict.fromkeys([*last.values(), *middle]))[:5]
+
+
+def oblong(layers: list[Any]) -> list[str]:
+    """Layers read as maps that are wider than one cell and not square: a wrong layout, as all images here are square.
+
+    The identity holds for every reading that can be undone, so it cannot show this.
+    """
+    maps = [layer for layer in layers if layer.readable and len(layer.shape) == 3]
+    return [layer.name for layer in maps if layer.shape[1] != layer.shape[2]]
 
 
 def identity(classifier: Any, layer: str, images: torch.Tensor) -> dict[str, Any]:
@@ -172,6 +182,7 @@ def run_one(name: str, *, explain: bool) -> dict[str, Any]:
     record["input"] = list(classifier.input_shape)
     record["layers"], record["readable"] = len(layers), sum(layer.readable for layer in layers)
     record["layouts"] = sorted({layer.layout for layer in layers if layer.layout})
+    record["oblong"] = oblong(layers)
     record["checked"] = []
     for layer in chosen(layers):
         try:
@@ -208,7 +219,9 @@ def markdown(record: dict[str, Any], command: str) -> str:
         "",
         f"The identity check holds for {len(held)} of {len(rows)} networks: the activation of up to five layers, read "
         f"as "
-        "a map and written back, changes no logit by more than 1e-4 of the largest.",
+        "a map and written back, changes no logit by more than 1e-4 of the largest. "
+        f"{sum(len(r.get('oblong', [])) for r in rows)} of {sum(r.get('readable', 0) for r in rows)} layers are read "
+        "as a map that is not square, which a square image cannot give.",
         "",
         "| network | input | readable layers | layouts | largest change | tails | explained (PCA, R2) | CPU s |",
         "|---|---|---|---|---|---|---|---|",

@@ -90,11 +90,11 @@ def fit_toy(
     return explainer.eval(), numbers
 
 
-def locked_share(explainer: PartExplainer, *, seed: int = 99, images: int = 200) -> Tensor:
-    """(K,) share of new scenes in which a map peaks on, or beside, the part that it peaks on most."""
+def peaks_on_parts(explainer: PartExplainer, *, seed: int = 99, images: int = 200) -> Tensor:
+    """(K, parts) share of new scenes in which a map peaks on, or beside, each part."""
     activation, places = scenes(images, seed=seed)
     with torch.no_grad():
         peak = explainer.encode(activation).flatten(2).argmax(dim=2)
     found = torch.stack([peak // SIDE, peak % SIDE], dim=2)
     near = (found[:, :, None] - places[:, None]).abs().amax(dim=3) <= 1
-    return near.float().mean(dim=0).amax(dim=1)
+    return near.float().mean(dim=0)

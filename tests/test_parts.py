@@ -30,7 +30,7 @@ from netgloss.workflows.annotate import annotate
 from netgloss.workflows.explain import explain
 from netgloss.workflows.parts import parts
 from netgloss.workflows.show import show
-from part_scenes import CHANNELS, SIDE, UPPER, ToyRows, ToySection, fit_toy, locked_share, scenes
+from part_scenes import CHANNELS, SIDE, UPPER, ToyRows, ToySection, fit_toy, peaks_on_parts, scenes
 
 SPEC = LayerSpec("toy", (CHANNELS, SIDE, SIDE), True, 0, UPPER)
 
@@ -39,16 +39,22 @@ SPEC = LayerSpec("toy", (CHANNELS, SIDE, SIDE), True, 0, UPPER)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_filters_lock_onto_planted_parts_and_none_dies(seed: int) -> None:
+def test_each_map_locks_onto_one_planted_part_and_none_dies(seed: int) -> None:
     explainer, numbers = fit_toy(seed, steps=120)
-    assert locked_share(explainer).mean() >= 0.95
+    assert peaks_on_parts(explainer).amax(dim=1).mean() >= 0.95
     assert numbers["dead_share"] == 0
     with torch.no_grad():
         assert (explainer.encode(scenes(200, seed=50)[0]).flatten(2).amax(dim=(0, 2)) > 0).all()
 
 
-def test_without_the_filter_loss_filters_lock_less() -> None:
-    assert locked_share(fit_toy(0, steps=120, filter_weight=0.0)[0]).mean() < 0.95
+@pytest.mark.xfail(strict=True, reason="known fault: the maps coincide on one part (docs/methods/parts.md)")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_planted_part_has_a_map(seed: int) -> None:
+    assert peaks_on_parts(fit_toy(seed, steps=120)[0]).amax(dim=0).min() >= 0.9
+
+
+def test_without_the_filter_loss_maps_lock_less() -> None:
+    assert peaks_on_parts(fit_toy(0, steps=120, filter_weight=0.0)[0]).amax(dim=1).mean() < 0.95
 
 
 def test_the_tracks_add_up_and_the_copied_start_is_the_identity() -> None:
@@ -205,14 +211,15 @@ def test_vgg16_learns_towards_fc6_and_fc7() -> None:
     explainer.fit_rows(rows, seed=0)  # type: ignore[arg-type]
     optimizer = explainer.optimizer()
     explainer.train()
-    totals = []
-    for _ in range(3):
-        loss = torch.stack(list(explainer.losses(rows.batch(torch.arange(4))).values())).sum()
+    told = []
+    for _ in range(5):
+        terms = explainer.losses(rows.batch(torch.arange(4)))
         optimizer.zero_grad()
-        loss.backward()
+        torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
-        totals.append(float(loss.detach()))
-    assert totals[-1] < totals[0]
+        told.append({name: float(term.detach()) for name, term in terms.items()})
+    for name in above:
+        assert told[-1][f"rebuild {name}"] < told[0][f"rebuild {name}"] / 2
     assert {name: tuple(v.shape) for name, v in explainer(seen["features.29"]).items()} == dict.fromkeys(
         above, (4, 4096)
     )
@@ -332,7 +339,7 @@ def test_annotations_give_location_and_part_scores(run: Run, critters: Classifie
     assert ratio.baselines["constant_centre"] == pytest.approx(1.0)
     assert ratio.baselines["true_part"] < 0.7
     assert ratio.n == 30
-    assert 0 <= scores["part_interpretability"].value <= 1
+    assert scores["part_interpretability"].value <= scores["part_iou"].value / 0.2  # Markov's inequality
     again = annotate(run, "critters:30,seed=5", store=store, source=source, classifier=critters)
     assert len(run.scores) == len(scores)
     assert len(again) < len(scores)
@@ -353,7 +360,7 @@ def test_galleries_and_shares(run: Run, tmp_path: Path) -> None:
         parts(run, source, out=tmp_path, filters=0)
     with pytest.raises(UserError, match="distinct is a share of the images"):
         parts(run, source, out=tmp_path, distinct=0)
-    _, record = parts(run, source, tmp_path, filters=100, columns=1, distinct=1e-6)
+    _, record = parts(run, source, out=tmp_path, filters=100, columns=1, distinct=1e-6)
     shown = json.loads(record.read_text())["filters"]
     apart = [entry["filter"] for entry in shown]
     assert len(apart) + len({k for entry in shown for k in entry["alike"]}) <= run.explainer.num_concepts
