@@ -26,15 +26,9 @@ import torch
 import netgloss
 from netgloss.adversarial import PixelClassifier
 from netgloss.adversarial.affinity_choice import AffinityChoice
+from netgloss.adversarial.layer_consistency import LayerResult, UnitOptions, measure_layers, network_mean
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
-from netgloss.adversarial.probe import (
-    AttackChoice,
-    LayerResult,
-    UnitOptions,
-    attack_probe,
-    measure_layers,
-    network_mean,
-)
+from netgloss.adversarial.probe import AttackChoice, attack_probe
 from netgloss.classifiers import Classifier, Tail, Taps
 from netgloss.data import match_classes
 from netgloss.metrics.base import interval

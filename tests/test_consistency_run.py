@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from netgloss import figures
 from netgloss.adversarial import PixelClassifier, attack_in_batches
 from netgloss.adversarial.affinity_choice import AffinityChoice
+from netgloss.adversarial.layer_consistency import UnitOptions, measure_layers, network_mean
 from netgloss.adversarial.pixels import load_pixels
-from netgloss.adversarial.probe import AttackChoice, UnitOptions, attack_probe, measure_layers, network_mean
+from netgloss.adversarial.probe import AttackChoice, attack_probe
 from netgloss.adversarial.records import to_csv
 from netgloss.adversarial.unit_gallery import choose_units
 from netgloss.classifiers import Classifier, load_classifier

@@ -43,6 +43,7 @@ from netgloss.adversarial.harden_config import HardenConfig
 from netgloss.adversarial.pixels import LabelledPixels
 from netgloss.classifiers.taps import Taps, find_layer
 from netgloss.errors import UserError
+from netgloss.metrics.consistency.units import stratified
 from netgloss.metrics.feature_health import effective_rank
 from netgloss.progress import Progress, Silent
 from netgloss.training import Checkpoint, FitOptions, make_fabric
@@ -104,17 +105,12 @@ def split_training(data: LabelledPixels, share: float, *, seed: int = 0) -> tupl
     ------
     UserError : a class with fewer than two images.
     """
-    generator = torch.Generator().manual_seed(seed)
-    held = []
-    for c in data.probe_labels.unique().tolist():
-        own = (data.probe_labels == c).nonzero().squeeze(1)
-        if len(own) < 2:
-            raise UserError(
-                f"class {data.class_names[c]!r} has {len(own)} training image; hardening needs two at least"
-            )
-        count = min(max(1, round(share * len(own))), len(own) - 1)
-        held.append(own[torch.randperm(len(own), generator=generator)[:count]])
-    heldout = torch.cat(held).sort()[0]
+    classes, sizes = (values.tolist() for values in data.probe_labels.unique(return_counts=True))
+    if min(sizes) < 2:
+        name = data.class_names[classes[sizes.index(min(sizes))]]
+        raise UserError(f"class {name!r} has {min(sizes)} training image; hardening needs two at least")
+    held = [min(max(1, round(share * size)), size - 1) for size in sizes]
+    heldout = stratified(data.probe_labels, each=held, seed=seed)
     rest = torch.ones(len(data), dtype=torch.bool)
     rest[heldout] = False
     return rest.nonzero().squeeze(1), heldout

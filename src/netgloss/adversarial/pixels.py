@@ -81,15 +81,8 @@ class LabelledPixels:
         """Equally many images of every class, ``number`` at most in all (None: as many as the smallest class has)."""
         index = stratified(self.probe_labels, seed=seed)
         if number is not None and number < len(index):
-            each = number // len(self.class_names)
-            if each < 1:
-                raise UserError(f"{number} images are too few for {len(self.class_names)} classes")
-            generator = torch.Generator().manual_seed(seed)
-            parts = []
-            for c in range(len(self.class_names)):
-                own = index[self.probe_labels[index] == c]
-                parts.append(own[torch.randperm(len(own), generator=generator)[:each]])
-            index = torch.cat(parts).sort()[0]
+            each = _each(number, len(self.class_names))
+            index = index[stratified(self.probe_labels[index], each=each, seed=seed)]
         return self.subset(index)
 
 
@@ -114,15 +107,7 @@ def load_pixels(
     if not len(chosen):
         raise UserError(f"{source.description} has no labels; adversarial work needs the true class of every image")
     if number is not None and number < len(chosen):
-        each = number // len(targets[chosen].unique())
-        if each < 1:
-            raise UserError(f"{number} images are too few for {len(targets[chosen].unique())} classes")
-        generator = torch.Generator().manual_seed(seed)
-        parts = []
-        for c in targets[chosen].unique():
-            own = (targets == c).nonzero().squeeze(1)
-            parts.append(own[torch.randperm(len(own), generator=generator)[:each]])
-        chosen = torch.cat(parts).sort()[0]
+        chosen = stratified(targets, each=_each(number, len(targets[chosen].unique())), seed=seed)
     size = len(chosen) * int(np.prod(classifier.input_shape))
     if size > LARGEST:
         raise UserError(
@@ -176,6 +161,13 @@ def _numbered(
         for name, c in zip(names, of_net.tolist(), strict=True)
     ]
     return LabelledPixels(pixels, probe, of_net[probe], ids, names, of_net, problems, titles)
+
+
+def _each(number: int, classes: int) -> int:
+    """Images per class, ``number`` at most in all."""
+    if number < classes:
+        raise UserError(f"{number} images are too few for {classes} classes")
+    return number // classes
 
 
 def _few(names: Sequence[str]) -> str:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from netgloss.adversarial.affinity_choice import AffinityChoice
+from netgloss.adversarial.layer_consistency import LayerResult
 from netgloss.adversarial.pixels import LabelledPixels
-from netgloss.adversarial.probe import Adversarial, AttackChoice, LayerResult
+from netgloss.adversarial.probe import Adversarial, AttackChoice
 from netgloss.metrics.base import Score, interval
 from netgloss.metrics.consistency.companions import best_subtree, consistency_by_depth, half_reliability
 from netgloss.metrics.consistency.taxonomy import read_data_noun, read_taxonomy, wordnet

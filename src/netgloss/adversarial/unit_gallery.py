@@ -18,8 +18,9 @@ from netgloss.metrics.consistency.difference import strongest_units
 
 if TYPE_CHECKING:
     from netgloss.adversarial import PixelClassifier
+    from netgloss.adversarial.layer_consistency import LayerResult
     from netgloss.adversarial.pixels import LabelledPixels
-    from netgloss.adversarial.probe import Adversarial, LayerResult
+    from netgloss.adversarial.probe import Adversarial
     from netgloss.runs.run import Run
 
 QUANTILE = 0.995

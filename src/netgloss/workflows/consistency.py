@@ -26,17 +26,10 @@ import torch
 
 from netgloss.adversarial import PixelClassifier
 from netgloss.adversarial.affinity_choice import AffinityChoice
+from netgloss.adversarial.differences import Codec, prediction_differences
+from netgloss.adversarial.layer_consistency import Encode, LayerResult, UnitOptions, measure_layers, network_mean
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
-from netgloss.adversarial.probe import (
-    Adversarial,
-    AttackChoice,
-    Encode,
-    LayerResult,
-    UnitOptions,
-    attack_probe,
-    measure_layers,
-    network_mean,
-)
+from netgloss.adversarial.probe import Adversarial, AttackChoice, attack_probe
 from netgloss.adversarial.records import (
     attack_record,
     layer_record,
@@ -47,16 +40,9 @@ from netgloss.adversarial.records import (
     unit_rows,
 )
 from netgloss.adversarial.unit_gallery import gallery, trace
-from netgloss.classifiers import Classifier, Tail
+from netgloss.classifiers import Classifier
 from netgloss.errors import UserError
-from netgloss.metrics.consistency.difference import (
-    agreement_with_units,
-    detection_auroc,
-    prediction_difference,
-    unchanged,
-)
 from netgloss.metrics.consistency.units import top_set_size
-from netgloss.progress import Progress
 from netgloss.report import write_report
 from netgloss.runs.run import FileCheckpoint, Run, to_json, write_atomically
 from netgloss.runs.saved import load_explainer
@@ -126,59 +112,43 @@ def consistency(
     ------
     UserError : images, layers or networks that do not fit, or ``out`` holds another run.
     """
-    attack, affinity, options = attack or AttackChoice(), affinity or AffinityChoice(), options or ConsistencyOptions()
+    settings = _Settings(
+        attack or AttackChoice(), affinity or AffinityChoice(), options or ConsistencyOptions(), tuple(also)
+    )
     execution = Execution.of(device)
-    progress = execution.shown
     units = _Units.channels(classifier, layers) if explainer is None else _Units.concepts(classifier, layers, explainer)
-    _check_ensemble(classifier, also, attack)
-    run = Run.create(out, _manifest(classifier, images, units, attack, also, affinity, options, execution.command))
+    _check_ensemble(classifier, settings)
+    run = Run.create(out, _manifest(classifier, images, units, settings, execution.command))
     if run.manifest["status"] == "complete":
         return run
     began = time.monotonic()
     classifier = classifier.to(execution.torch_device)
-    units.to(execution.torch_device)
-    pixels = PixelClassifier.of(classifier, craft_layer=attack.craft_layer)
-    others = [PixelClassifier.of(other.to(execution.torch_device)) for other in also]
-    untrained = PixelClassifier.of(classifier.untrained(0)) if options.controls else None
-    measured: list[_Measured] = []
-    for seed in run.seeds:
-        data = load_pixels(classifier, images, number=options.max_images, seed=seed, progress=progress)
-        data = data.stratified(options.max_images, seed=seed)
-        top_set_size(data.probe_labels, k=options.k)  # refuses too few images before minutes of attack
-        affinities, provenance = affinity.build(classifier, data)
-        adversarial = attack_probe(
-            pixels,
-            data,
-            attack,
-            also=others,
-            seed=seed,
-            layer=units.layers[0],
-            checkpoint=_checkpoint(run, seed),
-            progress=progress,
-        )
-        first = seed == run.seeds[0]
-        results, logits = measure_layers(
-            pixels,
-            data,
-            units.layers,
-            affinities,
-            adversarial=adversarial,
-            encoders=units.encoders,
-            untrained=untrained if first else None,
-            options=UnitOptions(options.controls, options.pooling, options.k, options.null_draws if first else 0, seed),
-            progress=progress,
-        )
-        measured.append(_Measured(data, adversarial, results, logits, affinities, provenance))
-    differences = {
-        layer: _differences(classifier, pixels, measured[0], layer, options.difference_images, units, progress)
-        for layer in units.layers
-        if options.difference_images and (layer not in units.encoders or units.decode is not None)
-    }
-    result = _write(run, pixels, measured, units, differences, attack, affinity, options)
-    unreadable = [{"id": i, "reason": r} for i, r in list(measured[0].data.problems.items())[:200]]
+    if units.explainer is not None:
+        units.explainer.to(execution.torch_device)
+    pixels = PixelClassifier.of(classifier, craft_layer=settings.attack.craft_layer)
+    measured = [_measure(run, seed, classifier, images, pixels, units, settings, execution) for seed in run.seeds]
+    first = measured[0]
+    differences = {}
+    if settings.options.difference_images and units.rebuilds:
+        differences = {
+            layer: prediction_differences(
+                classifier,
+                pixels,
+                first.data,
+                first.adversarial,
+                result,
+                first.affinities["chosen"],
+                num_images=settings.options.difference_images,
+                codec=units.codec,
+                progress=execution.shown,
+            )
+            for layer, result in first.results.items()
+        }
+    result = _write(run, pixels, measured, units, differences, settings)
+    unreadable = [{"id": i, "reason": r} for i, r in list(first.data.problems.items())[:200]]
     run.update(
         data={**run.manifest["data"], "unreadable": unreadable},
-        warnings=run_warnings(result, pooling=options.pooling),
+        warnings=run_warnings(result, pooling=settings.options.pooling),
     )
     run.add_time("consistency", time.monotonic() - began)
     write_report(run)
@@ -188,23 +158,47 @@ def consistency(
     return run
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Settings:
+    """The options of a consistency run; ``also`` are the further networks of an ensemble."""
+
+    attack: AttackChoice
+    affinity: AffinityChoice
+    options: ConsistencyOptions
+    also: tuple[Classifier, ...]
+
+    def record(self) -> dict[str, Any]:
+        """What run.json records of them."""
+        also = {"also": [c.spec() for c in self.also]} if self.also else {}
+        return {
+            **dataclasses.asdict(self.options),
+            "attack": {**dataclasses.asdict(self.attack), **also},
+            "affinity": {k: None if v is None else str(v) for k, v in dataclasses.asdict(self.affinity).items()},
+        }
+
+
+@dataclass(frozen=True)
 class _Units:
     """What is scored: channels of layers, or the concepts of an explainer.
 
     Attributes
     ----------
-    encoders : by layer, ``encode`` of the explainer; none for channels.
-    decode : back to the layer, where the explainer can. linear : whether decode is affine.
+    identity : what identifies the explainer in run.json.
+    codec : from activations to units and back.
+    rebuilds : whether the units can be written back to the layer's activation.
     """
 
     layers: list[str]
     method: str = "channels"
     identity: dict[str, str] = field(default_factory=dict)
-    encoders: dict[str, Encode] = field(default_factory=dict)
-    decode: Encode | None = None
-    linear: bool = True
+    codec: Codec = field(default_factory=Codec)
+    rebuilds: bool = True
     explainer: Explainer | None = None
+
+    @property
+    def encoders(self) -> dict[str, Encode]:
+        """By layer, ``encode`` of the explainer; none for channels."""
+        return {} if self.explainer is None else dict.fromkeys(self.layers, self.codec.encode)
 
     @classmethod
     def channels(cls, classifier: Classifier, layers: Sequence[str]) -> _Units:
@@ -222,21 +216,15 @@ class _Units:
             raise UserError(f"the explainer in {folder} explains layer {run.layer!r}, not {', '.join(named)}")
         file = run.explainer_path(run.seeds[0])
         explainer = load_explainer(file, classifier=classifier)
-        rebuilds = explainer.target == "activation" and explainer.reads != "pooled"  # from a mean over the grid, no map
         return cls(
             [run.layer],
             run.method,
             {"explainer": hashlib.sha256(file.read_bytes()).hexdigest()},
-            {run.layer: explainer.encode},
-            explainer.decode if rebuilds else None,
-            explainer.dictionary is not None,
+            Codec(explainer.encode, explainer.decode, explainer.dictionary is not None),
+            # a mean over the grid rebuilds no map
+            explainer.target == "activation" and explainer.reads != "pooled",
             explainer,
         )
-
-    def to(self, device: torch.device) -> None:
-        """Moves the explainer."""
-        if self.explainer is not None:
-            self.explainer.to(device)
 
 
 @dataclass(frozen=True)
@@ -255,29 +243,57 @@ def _checkpoint(run: Run, seed: int) -> FileCheckpoint:
     return FileCheckpoint(run.path / f"attack-seed{seed}.checkpoint.safetensors")
 
 
-def _manifest(
+def _measure(
+    run: Run,
+    seed: int,
     classifier: Classifier,
     images: ImageSource,
+    pixels: PixelClassifier,
     units: _Units,
-    attack: AttackChoice,
-    also: Sequence[Classifier],
-    affinity: AffinityChoice,
-    options: ConsistencyOptions,
-    command: str,
+    settings: _Settings,
+    execution: Execution,
+) -> _Measured:
+    """Draws R, attacks it and scores the units; the first seed has p-values and the untrained network too."""
+    options, progress = settings.options, execution.shown
+    first = seed == run.seeds[0]
+    data = load_pixels(classifier, images, number=options.max_images, seed=seed, progress=progress)
+    data = data.stratified(options.max_images, seed=seed)
+    top_set_size(data.probe_labels, k=options.k)  # refuses too few images before minutes of attack
+    affinities, provenance = settings.affinity.build(classifier, data)
+    adversarial = attack_probe(
+        pixels,
+        data,
+        settings.attack,
+        also=[PixelClassifier.of(other.to(execution.torch_device)) for other in settings.also],
+        seed=seed,
+        layer=units.layers[0],
+        checkpoint=_checkpoint(run, seed),
+        progress=progress,
+    )
+    results, logits = measure_layers(
+        pixels,
+        data,
+        units.layers,
+        affinities,
+        adversarial=adversarial,
+        encoders=units.encoders,
+        untrained=PixelClassifier.of(classifier.untrained(0)) if first and options.controls else None,
+        options=UnitOptions(options.controls, options.pooling, options.k, options.null_draws if first else 0, seed),
+        progress=progress,
+    )
+    return _Measured(data, adversarial, results, logits, affinities, provenance)
+
+
+def _manifest(
+    classifier: Classifier, images: ImageSource, units: _Units, settings: _Settings, command: str
 ) -> dict[str, Any]:
     return {
         "command": command,
         "method": "consistency",
-        "config": {
-            "units": units.method,
-            **units.identity,
-            **dataclasses.asdict(options),
-            "attack": {**dataclasses.asdict(attack), **({"also": [c.spec() for c in also]} if also else {})},
-            "affinity": {k: None if v is None else str(v) for k, v in dataclasses.asdict(affinity).items()},
-        },
+        "config": {"units": units.method, **units.identity, **settings.record()},
         "model": classifier.spec(),
         "layer": ", ".join(units.layers),
-        "seeds": list(range(options.seeds)),
+        "seeds": list(range(settings.options.seeds)),
         "store_address": hashlib.sha256(f"{images.fingerprint}\n{classifier.weights_hash}".encode()).hexdigest(),
         "data": {
             "description": images.description,
@@ -294,12 +310,10 @@ def _write(
     measured: Sequence[_Measured],
     units: _Units,
     differences: dict[str, dict[str, Any]],
-    attack: AttackChoice,
-    affinity: AffinityChoice,
-    options: ConsistencyOptions,
+    settings: _Settings,
 ) -> dict[str, Any]:
-    """units.csv, pictures, result.json and scores.json; returns the content of result.json."""
-    first = measured[0]
+    """Writes units.csv, pictures, result.json and scores.json; returns the content of result.json."""
+    first, options, affinity = measured[0], settings.options, settings.affinity
     data, adversarial, results = first.data, first.adversarial, first.results
     rows = [
         row
@@ -312,7 +326,7 @@ def _write(
         "affinity": {k: v for k, v in first.provenance.items() if k != "wnids"},
         "class_names": [data.title(c) for c in range(len(data.class_names))],
         "num_images": len(data),
-        "attack": None if adversarial is None else attack_record(attack, adversarial, first.logits, data),
+        "attack": None if adversarial is None else attack_record(settings.attack, adversarial, first.logits, data),
         "v_regenerated": adversarial is not None,
         "layers": {
             layer: layer_record(results[layer], data, first.affinities, differences.get(layer))
@@ -335,76 +349,13 @@ def _write(
     return result
 
 
-# -- prediction differences -------------------------------------------------------------------------------------------
-
-
-def _check_ensemble(classifier: Classifier, also: Sequence[Classifier], attack: AttackChoice) -> None:
-    if also and attack.attack != "ensemble":
-        raise UserError(f"further networks are attacked by the ensemble attack, not by {attack.attack}")
-    for other in also:
+def _check_ensemble(classifier: Classifier, settings: _Settings) -> None:
+    if settings.also and settings.attack.attack != "ensemble":
+        raise UserError(f"further networks are attacked by the ensemble attack, not by {settings.attack.attack}")
+    for other in settings.also:
         for what, own, theirs in (
             ("classes", classifier.num_classes, other.num_classes),
             ("an input of", classifier.input_shape, other.input_shape),
         ):
             if own != theirs:
                 raise UserError(f"the networks of an ensemble read the same images: {own} and {theirs} {what}")
-
-
-def _differences(
-    classifier: Classifier,
-    pixels: PixelClassifier,
-    measured: _Measured,
-    layer: str,
-    num_images: int,
-    units: _Units,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Prediction differences (PD) of the units on some images of R and V, the agreement s of each image, and how well s
-    and the largest probability detect V, and wrong images of R.
-    """
-    data, adversarial, result = measured.data, measured.adversarial, measured.results[layer]
-    drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    chosen = drawn[:num_images].sort()[0]
-    device = pixels.mean.device
-    sets = {"real": data.pixels(chosen)}
-    if adversarial is not None:
-        sets["adversarial"] = adversarial.found.images[chosen].cpu()
-    example = pixels.normalise(sets["real"][:2].to(device))
-    tail = Tail(classifier, result.layer, example=example)
-    found: dict[str, Any] = {"chosen": chosen, "tail": tail.mode}
-    if tail.mode != "graph":
-        return {**found, "reason": f"no prediction differences: {tail.reason}"}
-    from netgloss.classifiers import Taps
-
-    positive = result.units.pole > 0  # a signed unit is taken out as a whole
-    meaning = torch.as_tensor(measured.affinities["chosen"]) @ result.scores.classes[:, positive]
-    progress.start(f"differences {result.layer}", len(sets) * len(chosen), unit="images")
-    affine = None
-    encode, decode = units.encoders.get(layer, unchanged), units.decode or unchanged
-    for name, images in sets.items():
-        parts, logits_parts = [], []
-        with torch.no_grad(), Taps(pixels.net, result.layer, stop=False) as taps:
-            for batch in images.split(32):
-                activation = taps(pixels.normalise(batch.to(device)))[result.layer]
-                logits_parts.append(taps.logits.cpu())
-                if affine is None:
-                    affine = units.linear and tail.is_affine(tuple(activation.shape[1:]))
-                pd = prediction_difference(activation, tail, encode=encode, decode=decode, affine=affine)
-                parts.append(pd.cpu())
-                progress.advance(len(batch))
-        logits = torch.cat(logits_parts)
-        inside = logits[:, data.net_classes].argmax(1)
-        found[name] = {
-            "pd": torch.cat(parts),
-            "s": agreement_with_units(torch.cat(parts), meaning, torch.eye(len(meaning), dtype=torch.float64), inside),
-            "confidence": logits.softmax(1).amax(1),
-            "right": logits.argmax(1) == data.labels[chosen],
-        }
-    progress.finish()
-    real = found["real"]
-    for name, key in (("auroc_wrong", "s"), ("auroc_wrong_confidence", "confidence")):
-        found[name] = detection_auroc(real[key][real["right"]], real[key][~real["right"]])
-    if adversarial is not None:
-        for name, key in (("auroc_s", "s"), ("auroc_confidence", "confidence")):
-            found[name] = detection_auroc(real[key], found["adversarial"][key])
-    return found

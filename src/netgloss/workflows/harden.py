@@ -31,8 +31,9 @@ from netgloss.adversarial.affinity_choice import AffinityChoice
 from netgloss.adversarial.arms import ARMS, find_arm
 from netgloss.adversarial.harden import DivergedError, HardenConfig, Hardened, Hardening, settings, split_training
 from netgloss.adversarial.harden_summary import arm_scores, summarise_arm
+from netgloss.adversarial.layer_consistency import LayerResult, UnitOptions, measure_layers
 from netgloss.adversarial.pixels import LabelledPixels, load_pixels
-from netgloss.adversarial.probe import AttackChoice, LayerResult, UnitOptions, attack_probe, measure_layers
+from netgloss.adversarial.probe import AttackChoice, attack_probe
 from netgloss.adversarial.robustness import Attacked, AttackPlan, masking_failures, robust_accuracies
 from netgloss.classifiers import Classifier, load_classifier
 from netgloss.errors import UserError

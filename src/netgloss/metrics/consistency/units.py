@@ -19,6 +19,7 @@ Shape letters: B, N images, K concepts, U units (K, or 2 K with two poles), C cl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,15 +133,32 @@ def top_set_size(labels: Tensor, *, k: int | None = None) -> int:
     return min(max(-(-len(labels) // 100), 20), smallest)
 
 
-def stratified(labels: Tensor, *, seed: int = 0) -> Tensor:
-    """Indices, in order, of equally many images of every class, drawn with ``seed``; label -1 is left out."""
+def stratified(labels: Tensor, *, each: int | Sequence[int] | None = None, seed: int = 0) -> Tensor:
+    """Draws images of every class without replacement.
+
+    Parameters
+    ----------
+    labels : (N,); images of label -1 are never drawn.
+    each : images per class, or one number for each class that occurs; default as many as the smallest class has. A
+        class with fewer images gives all of them.
+
+    Returns
+    -------
+    Indices in ascending order.
+
+    Raises
+    ------
+    UserError : no image has a label.
+    """
     generator = torch.Generator().manual_seed(seed)
-    present = labels[labels >= 0].unique()
-    if len(present) == 0:
+    pools = [(labels == c).nonzero().squeeze(1) for c in labels[labels >= 0].unique()]
+    if not pools:
         raise UserError("consistency needs labelled images, and none of these has a label")
-    smallest = min(int((labels == c).sum()) for c in present)
-    drawn = [(labels == c).nonzero().squeeze(1) for c in present]
-    return torch.cat([index[torch.randperm(len(index), generator=generator)[:smallest]] for index in drawn]).sort()[0]
+    if each is None:
+        each = min(map(len, pools))
+    counts = [each] * len(pools) if isinstance(each, int) else each
+    drawn = [p[torch.randperm(len(p), generator=generator)[:n]] for p, n in zip(pools, counts, strict=True)]
+    return torch.cat(drawn).sort()[0]
 
 
 def band_weights(values: Tensor, low: float, high: float) -> Tensor:
