@@ -658,6 +658,13 @@ def test_checkpoint_loads_like_any_other(
     stamp = (out / "hardened-clean-seed0.safetensors").stat().st_mtime_ns
     harden(classifier, pictures(), pictures(8, seed=1), out=out, **options)
     assert (out / "hardened-clean-seed0.safetensors").stat().st_mtime_ns == stamp
+    result = json.loads((out / "result.json").read_text())
+    (tmp_path / "outside-seed0.json").write_text((out / "judged-original.json").read_text())
+    (out / "judged-").mkdir()
+    result["arms"]["/../../outside"] = result["arms"]["original"]
+    (out / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="holds no evaluation of '/../../outside-seed0'"):
+        netgloss.write_report(found)  # a name in a record is no way out of the folder
     with pytest.raises(UserError, match="another run"):
         harden(classifier, pictures(), pictures(8, seed=1), out=out, **{**options, "config": small(epochs=2)})
     monkeypatch.setattr("netgloss.workflows.harden._Job.evaluate", pytest.fail)  # minutes, for nothing

@@ -88,6 +88,13 @@ def _consistency_page(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]
     return {"charts": charts, "pictures": pictures}
 
 
+def _judgement(folder: Path, name: str) -> dict[str, Any]:
+    path = inside(folder, f"judged-{name}.json")
+    if path is None:
+        raise UserError(f"the run folder holds no evaluation of {name!r}")
+    return read_json(path)
+
+
 def _harden_page(folder: Path, run: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
     arms = result["arms"]
     accuracies = list(dict.fromkeys(name for arm in arms.values() for name in arm["accuracies"]))
@@ -106,10 +113,10 @@ def _harden_page(folder: Path, run: Mapping[str, Any], result: Mapping[str, Any]
             figures.accuracy_by_eps(curves), prefix="eps-", description="Accuracy of each arm against eps of PGD"
         )
     }
-    original = read_json(folder / "judged-original.json")
+    original = _judgement(folder, "original")
     seed = result["seeds"][0]
     each = {"before": original}
-    each |= {name: read_json(folder / f"judged-{name}-seed{seed}.json") for name in arms if name != "original"}
+    each |= {name: _judgement(folder, f"{name}-seed{seed}") for name in arms if name != "original"}
     for name in [n for n in each if n != "before"]:
         charts[f"bins {name}"] = figures.to_svg(
             figures.cosines_by_bin_chart({"before": original["bins"], f"after: {name}": each[name]["bins"]}),
