@@ -159,6 +159,8 @@ def test_preprocessing_round_trips() -> None:
         ({"size": (0, 4)}, "positive pixels"),
         ({"size": (4, 4), "mean": (0.5,)}, "one number for each of 3 channels"),
         ({"size": (4, 4), "std": (1.0, 0.0, 1.0)}, "std positive"),
+        ({"size": (4, 4), "mean": (123.675, 116.28, 103.53), "std": (58.4, 57.1, 57.4)}, "divide both by 255"),
+        ({"size": (4, 4), "std": (255.0, 255.0, 255.0)}, "divide both by 255"),
         ({"size": (4, 4), "crop": "left"}, "crop='center'"),
         ({"size": (4, 4), "interpolation": "cubic"}, "interpolation must be one of"),
         ({"size": (4, 4), "channels": 4}, "1 .grey. or 3"),

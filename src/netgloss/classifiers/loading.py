@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
+from netgloss.classifiers.heads import with_logits
 from netgloss.classifiers.layouts import KINDS, Layout, corner_images, find_layout, keep_layout
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.classifiers.sources import Built, build
@@ -62,7 +63,10 @@ class Classifier:
         self.imagenet = imagenet
         self.origin = dict(origin or {})
         self.layout, self.prefix_tokens = "auto", None  # type: tuple[str, int | None]
-        count = self._count_classes()
+        blank = torch.zeros(2, *self.input_shape, device=self.device)
+        self.net, count = with_logits(self.net, blank, name)
+        if class_names is not None and len(class_names) == 1 and count == 2:
+            class_names = [f"not {class_names[0]}", class_names[0]]
         if class_names is not None and len(class_names) != count:
             raise UserError(f"{name} has {count} logits but {len(class_names)} class names were given")
         self.class_names = (
@@ -168,19 +172,6 @@ class Classifier:
             **({"layout": self.layout} if self.layout != "auto" else {}),
             **({} if self.prefix_tokens is None else {"prefix_tokens": self.prefix_tokens}),
         }
-
-    def _count_classes(self) -> int:
-        blank = torch.zeros(2, *self.input_shape, device=self.device)
-        try:
-            with torch.no_grad():
-                output = self.net(blank)
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            line = " ".join(str(error).split())[:160]
-            raise UserError(f"{self.name} does not run on inputs {tuple(blank.shape)}: {line}") from error
-        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
-            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-            raise UserError(f"{self.name} is no classifier: for 2 images it gives {got}, not logits (2, num_classes)")
-        return output.shape[1]
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.input_shape))
