@@ -93,7 +93,8 @@ class Preprocessing:
             raise UserError(f"an input of {size[0]} x {size[1]} pixels is above the limit of {_MOST_PIXELS} pixels")
         if max(map(abs, self.mean), default=0) > 2 or max(self.std, default=0) > 5:
             raise UserError(
-                f"mean {self.mean} and std {self.std} are of pixels up to 255; pixels are in [0, 1] here: divide both by 255"
+                f"mean {self.mean} and std {self.std} are of pixels up to 255, and pixels are in [0, 1] here: divide "
+                "both by 255"
             )
         if self.crop != "center":
             raise UserError(f"preprocessing knows crop='center' only, got {self.crop!r}")
