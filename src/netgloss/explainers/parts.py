@@ -10,7 +10,7 @@ network's own section from this layer up rebuilds the layers above::
     loss = sum_l |rebuilt_l - x_l|^2 / E|x_l|^2 - eta log p + w mean_f (Loss_f(x1) + Loss_f(x2))
 
 mask multiplies a map by the unit cone around its peak (a constant in the gradient); Loss_f is the negative mutual
-information of ``_part_loss.py`` on maps divided by their running mean mass, before the mask. No label and no annotation
+information (below) on maps divided by their running mean mass, before the mask. No label and no annotation
 is read. ``decode`` knows the part maps alone and so rebuilds from ``s p xi``; ``forward`` rebuilds from both tracks, as
 the loss does. How much the ordinary track carries is given by :meth:`PartExplainer.rebuild` with ``tracks="ordinary"``.
 
