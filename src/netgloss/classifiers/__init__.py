@@ -7,7 +7,7 @@ from netgloss.classifiers.loading import Classifier, imagenet_wnids, load_classi
 from netgloss.classifiers.preprocessing import Geometry, Preprocessing
 from netgloss.classifiers.section import cut_section, section_from_spec, section_of
 from netgloss.classifiers.tail import Tail, later_layers
-from netgloss.classifiers.taps import Taps, replaced
+from netgloss.classifiers.taps import Taps, network_of, replaced
 
 __all__ = [
     "Classifier",
@@ -22,6 +22,7 @@ __all__ = [
     "list_layers",
     "load_classifier",
     "load_from_spec",
+    "network_of",
     "replaced",
     "section_from_spec",
     "section_of",

@@ -290,11 +290,15 @@ def load_from_spec(
     check_code(name, "what describes the network")
     if net is None and name.startswith("module:"):
         raise UserError(
-            f"the classifier {name.removeprefix('module:')!r} was given as a module: pass it again (net=...)"
+            f"the classifier {name.removeprefix('module:')!r} was given as a module: pass it again, as in "
+            "netgloss.load(folder, classifier=...)"
         )
     moved = checkpoint or spec["checkpoint"]
     if moved is not None and not Path(moved).exists():
-        raise UserError(f"the checkpoint {moved} of {name} is not there any more; say where it is (checkpoint=...)")
+        raise UserError(
+            f"the checkpoint {moved} of {name} is not there any more: say where it is with --checkpoint FILE "
+            "(netgloss.load(folder, checkpoint=...))"
+        )
     classifier = load_classifier(
         name if net is None else net,
         checkpoint=moved,

@@ -18,13 +18,17 @@ class Serve:
     run_folder: tyro.conf.Positional[Path]
     port: int = 8765
     """Port on 127.0.0.1; 0 picks a free one."""
+    checkpoint: Path | None = None
+    """Where the network's weights are now, if they were moved since the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
     def run(self) -> None:
-        from netgloss.runs.run import Run
+        from netgloss.runs.run import load
         from netgloss.workflows.serve import make_server
 
-        with make_server(Run(self.run_folder), port=self.port, device=self.device) as server:
+        with make_server(
+            load(self.run_folder, checkpoint=self.checkpoint), port=self.port, device=self.device
+        ) as server:
             console().print(f"{server.address} shows the report and explains images; Ctrl-C ends it")
             try:
                 server.serve_forever()

@@ -157,15 +157,18 @@ class Evaluate:
     faithfulness: bool = False
     """Also delete and insert concepts (C-deletion, ConceptSHAP, Sobol) on a part of the held-out images. A run that was
     evaluated before is not scored again, unless --images is given."""
+    checkpoint: Path | None = None
+    """Where the network's weights are now, if they were moved since the run."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self) -> None:
         from netgloss.evaluation.faithful import FaithfulnessOptions
+        from netgloss.runs.run import load
         from netgloss.workflows.evaluate import EvaluationOptions, evaluate
 
         with self.processes.execution() as execution:
             run = evaluate(
-                self.run_folder,
+                load(self.run_folder, checkpoint=self.checkpoint),
                 images=self.images,
                 eval_images=self.eval_images,
                 annotations=self.annotations,
@@ -260,13 +263,17 @@ class Show:
     """Concepts shown."""
     heat: Literal["gradient", "excitation", "igos"] = "gradient"
     """How methods on pooled layers draw their maps; igos optimises pixels and takes minutes an image."""
+    checkpoint: Path | None = None
+    """Where the network's weights are now, if they were moved since the run."""
     device: Device = "auto"
 
     def run(self) -> None:
+        from netgloss.runs.run import load
         from netgloss.workflows.show import show
 
         with execution(self.device) as running:
-            shown = show(self.run_folder, self.images, out=self.out, top=self.top, heat=self.heat, device=running)
+            run = load(self.run_folder, checkpoint=self.checkpoint)
+            shown = show(run, self.images, out=self.out, top=self.top, heat=self.heat, device=running)
         for explanation in shown:
             for path in explanation.files:
                 console().print(str(path))

@@ -33,7 +33,7 @@ from netgloss.runs.saved import load_explainer, read_safetensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from netgloss.activations import Store
     from netgloss.classifiers import Classifier
@@ -256,11 +256,16 @@ class Run:
 
     # -- classifier and results -----------------------------------------------------------------------------------
 
-    def classifier(self, *, device: str = "cpu") -> Classifier:
-        """The explained network, loaded again; its weights must hash to what the run was made with."""
+    def classifier(self, *, checkpoint: str | Path | None = None, device: str = "cpu") -> Classifier:
+        """The explained network, loaded again; its weights must hash to what the run was made with.
+
+        Parameters
+        ----------
+        checkpoint : where the weights are now, if not where they were.
+        """
         from netgloss.classifiers import load_from_spec
 
-        return load_from_spec(self._entry("model", dict)).to(device)
+        return load_from_spec(self._entry("model", dict), checkpoint=checkpoint).to(device)
 
     @property
     def scores(self) -> list[Score]:
@@ -381,9 +386,28 @@ def in_order(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
-def load(path: str | Path) -> Run:
-    """An existing run folder."""
-    return Run(path)
+def load(
+    path: str | Path, *, checkpoint: str | Path | None = None, classifier: Classifier | nn.Module | None = None
+) -> Run:
+    """An existing run folder, with its network where that cannot be found by its name.
+
+    Parameters
+    ----------
+    checkpoint : where the weights are now, if they were moved since the run.
+    classifier : the network, if it was given as a module. Its preprocessing and class names are those of the run.
+
+    Raises
+    ------
+    UserError : no run, or the weights are not those that the run was made with.
+    """
+    run = Run(path)
+    if classifier is not None:
+        from netgloss.classifiers import load_from_spec, network_of
+
+        run.network = load_from_spec(run._entry("model", dict), net=network_of(classifier), checkpoint=checkpoint)
+    elif checkpoint is not None:
+        run.network = run.classifier(checkpoint=checkpoint)
+    return run
 
 
 def save_figure(folder: Path, stem: str, figure: Any, numbers: dict[str, Any]) -> list[Path]:

@@ -233,6 +233,23 @@ def _score(opened: _Opened) -> None:
     )
 
 
+def _suspicious_logits(logits: np.ndarray, *, several: bool, least: int = 10) -> list[str]:
+    """Signs that the network does not see the images as it was trained to.
+
+    Parameters
+    ----------
+    logits : (n, classes). several : the images are of several classes. least : images below which nothing is said.
+    """
+    if len(logits) < least:
+        return []
+    advice = "check the preprocessing (mean, std, order of colours) and the checkpoint"
+    if logits.std(axis=0).max() < 1e-3 * max(float(logits.std(axis=1).mean()), 1e-12):
+        return [f"the logits are nearly the same for all {len(logits)} evaluated images: {advice}"]
+    if several and len(np.unique(logits.argmax(axis=1))) == 1:
+        return [f"all {len(logits)} evaluated images are predicted as one class, and they are of several: {advice}"]
+    return []
+
+
 def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) -> list[str]:
     """What a reader of the scores must know first."""
     store, tail = context.store, context.tail
@@ -246,10 +263,11 @@ def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) ->
     if tail.ignores_patches:
         warnings.append(
             f"the logits do not depend on the patch tokens of {tail.layer!r}: only its class token reaches the head, "
-            f"so "
-            "contributions are 0; explain an earlier layer"
+            "so contributions are 0; explain an earlier layer"
         )
     logits, explained = store.read_logits(context.images), explainer.explained_classes
+    if logits is not None and not store.info.model.get("random_weights"):
+        warnings += _suspicious_logits(logits, several=len(store.info.class_names or ()) > 1)
     if logits is not None and explained is not None:
         missing = int((~np.isin(logits.argmax(axis=1), explained)).sum())
         if missing:
