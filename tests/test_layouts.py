@@ -271,3 +271,27 @@ def test_concatenated_features_of_different_depth_are_channels() -> None:
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
     assert find_layout(output, "1", net, square=True).kind == "nchw"
     assert find_layout(output.movedim(1, -1), "1", net, square=True).kind == "nhwc"
+
+
+def test_a_map_that_is_not_square_is_refused_for_square_images() -> None:
+    """Windows and unfolded patches: (B, C, 4, N) in MobileViTv2, (B, blocks, N, C) in NesT."""
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU())
+    for shape in ((6, 4, 16), (16, 9, 6)):
+        for layer in ("0", "1"):
+            with pytest.raises(UserError, match="no square grid of features"):
+                find_layout(torch.zeros(2, *shape), layer, net, square=True)
+    assert find_layout(torch.zeros(2, 6, 4, 16), "0", net, square=False).kind == "nchw"
+    assert find_layout(torch.zeros(2, 6, 4, 16), "1", net, square=True, layout="nchw").kind == "nchw"
+
+
+def test_a_layer_of_two_forms_is_refused() -> None:
+    class Twice(Patches):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = super().forward(x)
+            self.last(torch.zeros(len(x), 8))
+            return out
+
+    classifier = load_classifier(Twice())
+    assert not next(layer.readable for layer in list_layers(classifier) if layer.name == "last")
+    with pytest.raises(UserError, match="outputs of different forms"):
+        classifier.check_layer("last")

@@ -69,9 +69,11 @@ def list_layers(classifier: Classifier, *, receptive_field: bool = False) -> lis
     """
     outputs: dict[str, tuple[tuple[int, ...], Layout | None]] = {}
     calls: dict[str, int] = {}
+    forms: dict[str, set[int]] = {}
 
     def see(name: str, module: nn.Module, output: Any) -> None:
         calls[name] = calls.get(name, 0) + 1
+        forms.setdefault(name, set()).add(getattr(output, "ndim", -1))
         try:
             layout = classifier.find_layout(name, output)
         except UserError:
@@ -81,6 +83,7 @@ def list_layers(classifier: Classifier, *, receptive_field: bool = False) -> lis
 
     with torch.no_grad(), watched(classifier.net, see):
         classifier.net(corner_images(classifier))
+    outputs |= {name: (outputs[name][0], None) for name, seen_forms in forms.items() if len(seen_forms) > 1}
     height, width = classifier.input_shape[1:]
     maps = {
         n: shape for n, (shape, layout) in outputs.items() if layout and len(shape) == 3 and shape[1] * shape[2] > 1

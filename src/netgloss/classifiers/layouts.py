@@ -59,6 +59,11 @@ class Layout:
 
     def read(self, output: Tensor) -> Tensor:
         """The output as (B, C) or (B, C, H, W)."""
+        if output.ndim != {"nhwc": 4, "tokens": 3}.get(self.kind, output.ndim):
+            raise UserError(
+                f"a layer read as {self.kind} also gives {tuple(output.shape)}: it runs several times with outputs of "
+                "different forms; choose another layer"
+            )
         if self.kind == "nhwc":
             return output.movedim(-1, 1)
         if self.kind == "tokens":
@@ -138,10 +143,15 @@ def find_layout(
 def _map_kind(output: Tensor, name: str, net: nn.Module, asked: str, square: bool) -> Kind:
     if asked in ("nchw", "nhwc"):
         return asked  # type: ignore[return-value]
-    if isinstance(dict(net.named_modules(remove_duplicate=False)).get(name), _CHANNELS_FIRST):
-        return "nchw"
     a, b, c = output.shape[1:]
     sides: Kind | None = "nchw" if b == c != a else "nhwc" if a == b != c else None
+    if square and a != b != c:
+        raise UserError(
+            f"layer {name!r} gives {tuple(output.shape)}, which is no square grid of features though the images are "
+            "square (windows or patches of a block, say): choose the block around it, or say --layout nchw or nhwc"
+        )
+    if isinstance(dict(net.named_modules(remove_duplicate=False)).get(name), _CHANNELS_FIRST):
+        return "nchw"
     if square and sides is not None:
         return sides
     lost = output[1].isnan()

@@ -124,6 +124,8 @@ class Classifier:
 
             with torch.no_grad(), watched(self.net, see):
                 self.net(corner_images(self))
+            if len({output.ndim for output in outputs if isinstance(output, Tensor)}) > 1:
+                raise UserError(f"layer {name!r} runs several times with outputs of different forms; choose another")
             if outputs:  # a layer that never runs is refused where it is read
                 keep_layout(module, self.find_layout(name, outputs[-1]))
             self._checked.add(name)
