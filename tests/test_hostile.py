@@ -99,6 +99,18 @@ def test_code_that_a_folder_names_runs_only_if_it_was_named_or_allowed(tmp_path:
         trust.trust_code(False)
 
 
+def test_trust_ends_with_the_command(tmp_path: Path, good: Path) -> None:
+    """``--trust-code`` holds for one command: a later one in the same process is asked again."""
+    from netgloss import trust
+    from netgloss.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["show", str(good / "absent"), str(good / "images"), "--out", str(tmp_path / "shown"), "--trust-code"])
+    (tmp_path / "own.py").write_text("")
+    with pytest.raises(UserError, match="--trust-code"):
+        trust.check_code(f"{tmp_path / 'own.py'}:make", "a run")
+
+
 def test_the_method_that_a_run_claims_is_never_run(tmp_path: Path, good: Path) -> None:
     """What counts is the explainer's own header, which is checked; run.json may say what it likes."""
     for part in ("store", "run"):

@@ -7,6 +7,8 @@ this process, or allowed it (``netgloss --trust-code ...``, ``netgloss.trust_cod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from netgloss.errors import UserError
@@ -19,6 +21,18 @@ def trust_code(allowed: bool = True) -> None:
     """Lets runs and stores name Python files to be run, from here on; only for folders whose author you trust."""
     global _all
     _all = allowed
+
+
+@contextmanager
+def trusting(allowed: bool) -> Iterator[None]:
+    """Inside the block named Python files may run if ``allowed``; afterwards only what might before."""
+    global _all
+    before = _all
+    _all = _all or allowed
+    try:
+        yield
+    finally:
+        _all = before
 
 
 def note_code(file: str | Path) -> None:

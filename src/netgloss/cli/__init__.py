@@ -16,6 +16,7 @@ from netgloss.cli.flags import FLAT
 from netgloss.cli.terminal import is_main_process
 from netgloss.cli.verbs import VERBS
 from netgloss.errors import UserError, nearest, one_line
+from netgloss.trust import trusting
 
 _WITH_METHOD = ("explain", "fit")
 
@@ -23,8 +24,10 @@ _WITH_METHOD = ("explain", "fit")
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, 2 (a user's mistake, one line on stderr) or 130 (Ctrl-C)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    trusted = "--trust-code" in arguments
     try:
-        _dispatch(arguments)
+        with trusting(trusted):
+            _dispatch([a for a in arguments if a != "--trust-code"])
     except UserError as error:
         if is_main_process():
             print(f"netgloss: {one_line(error)}", file=sys.stderr)
@@ -46,11 +49,6 @@ def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return
-    if "--trust-code" in arguments:
-        from netgloss.trust import trust_code
-
-        trust_code()
-        arguments = [a for a in arguments if a != "--trust-code"]
     if any("\0" in argument for argument in arguments):
         raise UserError("an argument holds a null character")
     verb, rest = (arguments or ["--help"])[0], arguments[1:]
