@@ -2,7 +2,7 @@
 the logits.
 """
 
-from netgloss.classifiers.layers import LayerInfo, list_layers
+from netgloss.classifiers.layers import LayerInfo, last_map, list_layers
 from netgloss.classifiers.loading import Classifier, imagenet_wnids, load_classifier, load_from_spec
 from netgloss.classifiers.preprocessing import Geometry, Preprocessing
 from netgloss.classifiers.section import cut_section, section_from_spec, section_of
@@ -18,6 +18,7 @@ __all__ = [
     "Taps",
     "cut_section",
     "imagenet_wnids",
+    "last_map",
     "later_layers",
     "list_layers",
     "load_classifier",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _THRESHOLDS = 34  # pixels on each side of the middle: strides of up to 32 show a change
 _AT_ONCE = 8
+_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,34 @@ class LayerInfo:
     calls: int
     readable: bool
     layout: str = ""
+
+
+def last_map(classifier: Classifier) -> str:
+    """The last layer that gives a map of more than one place: what pooling and head read.
+
+    Layers count in the order in which they end; of nested ones that give the same map the outermost is named.
+
+    Raises
+    ------
+    UserError : the network has no such layer.
+    """
+    infos = {info.name: info for info in list_layers(classifier)}
+    ended: list[str] = []
+    with torch.no_grad(), watched(classifier.net, lambda name, _ran, _output: ended.append(name)):
+        classifier.net(corner_images(classifier))
+    maps = []
+    for name in ended:
+        info = infos.get(name)
+        pools = isinstance(classifier.net.get_submodule(name), _POOLS)
+        if info is not None and info.readable and math.prod(info.shape[1:]) > 1 and not pools:
+            maps.append(name)
+    if not maps:
+        raise UserError(f"{classifier.name} has no layer that gives a map: name a layer (netgloss layers lists them)")
+    last = maps[-1]
+    shape = infos[last].shape
+    while "." in last and (parent := last.rpartition(".")[0]) in maps and infos[parent].shape == shape:
+        last = parent
+    return last
 
 
 def list_layers(classifier: Classifier, *, receptive_field: bool = False) -> list[LayerInfo]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from netgloss.cli.audit import Audit
 from netgloss.cli.compare import Compare
 from netgloss.cli.consistency import Consistency
 from netgloss.cli.flags import FLAT, Device, Model, Processes
@@ -300,6 +301,7 @@ class Demo:
 VERBS: dict[str, type] = {
     "layers": Layers,
     "explain": Explain,
+    "audit": Audit,
     "show": Show,
     "capture": Capture,
     "fit": Fit,

@@ -5,6 +5,7 @@ Arrays and plain records in, a ``Figure`` out; the caller saves it. :func:`to_sv
 
 from __future__ import annotations
 
+from netgloss.figures.audit import FindingPictures, finding_figure
 from netgloss.figures.charts import history_curves, score_chart
 from netgloss.figures.consistency import (
     accuracy_by_eps,
@@ -29,6 +30,7 @@ __all__ = [
     "READING",
     "ConceptPictures",
     "ExplainedImage",
+    "FindingPictures",
     "Triple",
     "accuracy_by_eps",
     "alpha_strip",
@@ -38,6 +40,7 @@ __all__ = [
     "cosines_by_bin_chart",
     "decoded_triples",
     "difference_map",
+    "finding_figure",
     "heatmap_tile",
     "history_curves",
     "image_explanation",

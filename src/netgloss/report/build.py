@@ -16,6 +16,7 @@ from typing import Any
 from netgloss import figures
 from netgloss.figures.style import HEAT, number
 from netgloss.report import glossary
+from netgloss.report.audited import pack_audit
 from netgloss.report.decoded import pack_figures
 from netgloss.report.environment import render, script_text
 from netgloss.report.pack import decoded_pictures, pack_maps, pack_thumbnails
@@ -49,6 +50,8 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
     fixed = len(to_json(data)) + sum(map(len, charts)) + len(history) + 150_000
     drawn = pack_figures(files.folder)
     fixed += sum(len(figure["data"]) for figure in drawn["entries"])
+    audit = pack_audit(files.folder)
+    fixed += sum(len(finding["data"]) for finding in audit["findings"]) if audit else 0
     pictures = data["pictures"] = decoded_pictures(files.concepts["concepts"])
     thumbnails, missing = pack_thumbnails(files.folder, [*files.concepts["images"], *pictures], BUDGET - fixed)
 
@@ -66,6 +69,7 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
         scores=scores,
         history=history,
         figures=drawn,
+        audit=audit,
         coarsened=coarsened,
         missing=missing,
         method=glossary.method_text(files.run["method"]),

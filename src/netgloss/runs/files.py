@@ -18,7 +18,7 @@ import msgspec
 
 from netgloss.errors import UserError
 from netgloss.figures.style import printable
-from netgloss.runs.records import Concepts, Manifest, Number, ScoreRecord
+from netgloss.runs.records import AuditRecord, Concepts, Manifest, Number, ScoreRecord
 
 FORMAT_VERSION = 1
 _FREE = ("config", "model", "versions")
@@ -67,6 +67,23 @@ def read_run(folder: Path) -> RunFiles:
     if (folder / "scores.json").is_file():
         scores = _plain(_read(folder / "scores.json", list[ScoreRecord]))
     return RunFiles(folder, _plain(run), _plain(concepts), scores, _history(folder / "history.jsonl"))
+
+
+def read_audit(folder: Path) -> dict[str, Any] | None:
+    """``audit.json`` of a run folder; None if there is none.
+
+    Raises
+    ------
+    UserError : it is malformed, or written by a newer netgloss.
+    """
+    path = folder / "audit.json"
+    if not path.is_file():
+        return None
+    record = _read(path, AuditRecord)
+    if record.format_version > FORMAT_VERSION:
+        raise UserError(f"audit.json has format_version {record.format_version}; update netgloss")
+    content: dict[str, Any] = _plain(record)
+    return content
 
 
 def inside(folder: Path, name: str) -> Path | None:

@@ -348,3 +348,64 @@ class Concepts(Struct):
         named += [use.concept for entry in self.classes for use in entry.concepts]
         named += [near.concept for concept in self.concepts for near in concept.neighbours]
         return named + [group.concept for group in groups if group.concept is not None]
+
+
+# -- audit.json -------------------------------------------------------------------------------------------------------
+
+
+class FindingRecord(Struct, rename={"class_": "class"}):
+    """A finding of the audit: what makes the network answer with a class although it is not the object.
+
+    ``effect`` is the share of other classes' images that become the class, with its 95 % interval; ``control`` the same
+    without the region or cue.
+    """
+
+    kind: str
+    class_: str
+    region: bool
+    effect: float
+    low: float
+    high: float
+    q_value: float
+    sentence: str
+    control: Number = None
+    lost: Number = None
+    lost_control: Number = None
+    evidence: list[str] = []
+    examples: list[str] = []
+    concept: Index | None = None
+    concepts: list[Index] = []
+    concept_share: Number = None
+    concept_lost: Number = None
+    concept_lost_random: Number = None
+    picture: str | None = None
+
+
+class AuditTest(Struct, rename={"class_": "class"}):
+    """A class and the region or cue that was tested for it."""
+
+    class_: str
+    kind: str
+    detail: str | None = None
+    gained: Number = None
+    gained_control: Number = None
+    lost: Number = None
+    lost_control: Number = None
+    low: Number = None
+    high: Number = None
+    p_value: Number = None
+    n: Index | None = None
+    area: Number = None
+    signs: dict[str, Number] = {}
+
+
+class AuditRecord(Struct):
+    """audit.json."""
+
+    format_version: Index
+    summary: str
+    findings: list[FindingRecord] = []
+    tested: list[AuditTest] = []
+    limits: list[str] = []
+    searched: Index = 0
+    images: Index = 0

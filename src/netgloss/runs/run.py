@@ -9,6 +9,7 @@
     concepts.json          concepts, classes and example images as the report shows them
     images/                thumbnails
     figures/               figures of methods that draw some, and figures.json
+    audit.json             findings of ``netgloss audit``, with their pictures in figures/
     report.html            all of it, in one file
 
 Every file is written to a neighbour and renamed, so that a folder is complete or resumable, never half. Nothing is
@@ -305,6 +306,16 @@ class Run:
             write_atomically(folder / f"{stem}.png", buffer.getvalue())
             listed[f"{stem}.png"] = {"file": f"{stem}.png", "text": text}
         write_atomically(folder / "figures.json", to_json(list(listed.values())))
+
+    def write_picture(self, stem: str, figure: Any) -> None:
+        """One figure as PNG below ``figures/``, without listing it among those that the method drew."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        write_atomically(self.path / "figures" / f"{stem}.png", buffer.getvalue())
+
+    def write_json(self, name: str, content: Any) -> None:
+        """A JSON file of the run folder."""
+        write_atomically(self.path / name, to_json(content))
 
     @property
     def figures(self) -> list[dict[str, str]]:
