@@ -219,6 +219,8 @@ class Explain:
     """Make an unreadable image an error instead of skipping and listing it."""
     untrained_images: int = 256
     """Images for the untrained-network control; 0 leaves it out."""
+    rehearsal: bool = True
+    """Try every stage on four images first (about a second): what would end the run late ends it at once."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
     precision: str = "32-true"
     """Precision of the training steps, as Fabric names them."""
@@ -243,6 +245,7 @@ class Explain:
                     store=self.store,
                     capture=CaptureOptions(dtype=self.dtype, workers=self.workers, strict=self.strict),
                     evaluation=EvaluationOptions(untrained_images=self.untrained_images),
+                    rehearsal=self.rehearsal,
                 ),
             )
         if execution.leads:

@@ -29,7 +29,7 @@ from netgloss.training.inputs import upper_layers
 from netgloss.workflows.capture import capture_store
 from netgloss.workflows.evaluate import EvaluationOptions, evaluate, is_evaluated_with
 from netgloss.workflows.fit import fit
-from netgloss.workflows.rehearsal import FEW_EXPLANATIONS, Rehearsal, check_of, rehearse, unmatched_classes
+from netgloss.workflows.rehearsal import FEW_EXPLANATIONS, Failed, Rehearsal, check_of, rehearse, unmatched_classes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,7 +143,7 @@ def _before(
     if note:
         execution.shown.say(note)
 
-    def act(rehearsal: Rehearsal) -> None:
+    def act(rehearsal: Rehearsal) -> dict[str, Failed]:
         run = rehearsal.fit(method, config, "run")
         with rehearsal.stage("evaluate"):
             few = EvaluationOptions(untrained_images=0, explanations=FEW_EXPLANATIONS)
@@ -152,13 +152,15 @@ def _before(
         with rehearsal.stage("report"):
             run.write_scores(run.scores[:1])  # a chart for each score takes most of a report's time
             write_report(run)
+        return {}
 
-    def try_it() -> bool:
-        rehearse(classifier, layer, source, {method: config}, act, options=options.capture, execution=execution)
-        return True
-
+    given: dict[str, Any] = {"options": options.capture, "execution": execution}
     if options.rehearsal:
-        first_then_others(execution.fabric, try_it, lambda: True)
+        first_then_others(
+            execution.fabric,
+            lambda: rehearse(classifier, layer, source, {method: config}, act, **given),
+            dict,
+        )
 
 
 def _config(method: str, cls: type[Explainer], fields: dict[str, Any]) -> ExplainerConfig:

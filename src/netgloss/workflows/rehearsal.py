@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +55,7 @@ _WITHOUT_GRADIENT = (
     "can't call numpy() on tensor that requires grad",
     "inference tensors cannot be saved",
     "inference tensor",
-    "not compatible with .grad()",
-    "not compatible with torch.autograd.grad()",
+    "incompatible with .grad()",
     "appears to not have been used in the graph",
 )
 """What torch says where a gradient was asked for and the forward does not pass it on."""
@@ -79,12 +78,36 @@ class Watch:
     def say(self, message: str) -> None: ...
 
 
-class _Failed(Exception):
-    """A stage failed; the cause is the exception itself."""
+def lacks_gradient(reason: str) -> bool:
+    """True if the text of an error says that the forward does not pass a gradient on."""
+    return any(text in reason.lower() for text in _WITHOUT_GRADIENT)
 
-    def __init__(self, stage: str) -> None:
-        super().__init__(stage)
-        self.stage = stage
+
+class Failed(Exception):
+    """A stage failed, by the error given."""
+
+    def __init__(self, stage: str, error: Exception) -> None:
+        super().__init__(stage, error)
+        self.stage, self.error = stage, error
+
+    @property
+    def final(self) -> bool:
+        """True if more images would change nothing."""
+        return self.stage in ("capture", "options") or self._lacks_gradient
+
+    @property
+    def _lacks_gradient(self) -> bool:
+        return not isinstance(self.error, UserError) and lacks_gradient(str(self.error))
+
+    def reason(self, layer: str) -> str:
+        """One line on what went wrong."""
+        reason = reason_of(self.error)
+        if not self._lacks_gradient:
+            return reason
+        return (
+            f"no gradient passes from the logits to layer {layer!r} (detach, numpy, inference_mode or reentrant "
+            f"checkpointing in the forward?), and contributions need it ({reason[:120]})"
+        )
 
 
 @dataclass
@@ -111,7 +134,7 @@ class Rehearsal:
         try:
             yield
         except Exception as error:
-            raise _Failed(self.watch.task) from error
+            raise Failed(self.watch.task, error) from error
 
     def fit(self, method: str, config: ExplainerConfig, name: str) -> Run:
         """A run folder with an explainer that took one step."""
@@ -141,26 +164,31 @@ def rehearse(
     layer: str,
     source: ImageSource,
     methods: Mapping[str, ExplainerConfig],
-    act: Callable[[Rehearsal], None],
+    act: Callable[[Rehearsal], dict[str, Failed]],
     *,
     options: CaptureOptions,
     execution: Execution,
-) -> None:
+) -> dict[str, str]:
     """Tries on a few images what a command is about to do with all of them.
 
     Parameters
     ----------
     methods : by name or ``path/to/file.py:Class``, what will be fitted.
-    act : the stages after the capture.
+    act : the stages after the capture; returns the failures, by method, that do not end the command.
+
+    Returns
+    -------
+    The reasons of these, one line each.
 
     Raises
     ------
-    UserError : a stage fails; one line with the stage and the reason.
+    UserError : a stage fails; one line with the reason and the stage.
     """
     for count in IMAGES:
         some = few_images(source, count)
         if some is None:  # none can be read: the capture names the reason
-            return
+            break
+        last = len(some) < count or count == IMAGES[-1]
         watch = Watch()
         alone = Execution(execution.device, precision=execution.precision, progress=watch)
         try:
@@ -168,17 +196,20 @@ def rehearse(
                 rehearsal = Rehearsal(classifier, layer, some, Path(name), alone, watch)
                 with rehearsal.stage("capture"):
                     rehearsal.store = _captured(rehearsal, methods, options)
-                act(rehearsal)
-        except _Failed as failed:
-            final = failed.stage in ("capture", "options") or len(some) < count or count == IMAGES[-1]
-            if not final:
+                failures = act(rehearsal)
+        except Failed as failed:
+            if not last and not failed.final:
                 continue
-            if not _depends_on_data(failed, methods):
+            if not _depends_on_data(failed, methods.items()):
                 raise UserError(
-                    f"{plain_reason(failed.__cause__, layer)} [stage: {failed.stage}; found by a rehearsal on "
-                    f"{len(some)} images, which --no-rehearsal (rehearsal=False) leaves out]"
-                ) from failed.__cause__
-        return
+                    f"{failed.reason(layer)} [stage: {failed.stage}; found by a rehearsal on {len(some)} images, which "
+                    "--no-rehearsal (rehearsal=False) leaves out]"
+                ) from failed.error
+            break
+        if last or not failures:
+            said = {m: f for m, f in failures.items() if not _depends_on_data(f, [(m, methods[m])])}
+            return {method: failed.reason(layer) for method, failed in said.items()}
+    return {}
 
 
 def _captured(rehearsal: Rehearsal, methods: Mapping[str, ExplainerConfig], options: CaptureOptions) -> Store:
@@ -264,24 +295,12 @@ def _little(config: ExplainerConfig, num_rows: int, *, learned: bool) -> Explain
         return config
 
 
-def _depends_on_data(failed: _Failed, methods: Mapping[str, ExplainerConfig]) -> bool:
+def _depends_on_data(failed: Failed, methods: Iterable[tuple[str, ExplainerConfig]]) -> bool:
     """True where a method of classes or annotations refuses the few images, and may take all of them."""
-    needs = {field for method, config in methods.items() for field in find_explainer(method).needs(config)}
+    needs = {field for method, config in methods for field in find_explainer(method).needs(config)}
     about_classes = bool(needs & {"labels", "logits", "masks"})
     stages = ("fit", "options") if "masks" in needs else ("fit",)
-    return isinstance(failed.__cause__, UserError) and about_classes and failed.stage.startswith(stages)
-
-
-def plain_reason(error: BaseException | None, layer: str) -> str:
-    """One line on what went wrong; a missing gradient is called that."""
-    assert isinstance(error, Exception)
-    text = str(error).lower()
-    if not isinstance(error, UserError) and any(said in text for said in _WITHOUT_GRADIENT):
-        return (
-            f"no gradient passes from the logits to layer {layer!r} (detach, numpy, inference_mode or reentrant "
-            f"checkpointing in the forward?), and contributions need it ({reason_of(error)[:160]})"
-        )
-    return reason_of(error)
+    return isinstance(failed.error, UserError) and about_classes and failed.stage.startswith(stages)
 
 
 @contextmanager
