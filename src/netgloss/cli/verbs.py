@@ -40,13 +40,16 @@ class Layers:
 
         from netgloss.classifiers import list_layers
 
-        classifier, out = self.model.load(), console()
-        layers = list_layers(classifier, receptive_field=self.receptive_field)
-        layers = [layer for layer in layers if self.match in layer.name]
+        if self.receptive_field:
+            classifier = self.model.load()
+            layers = list_layers(classifier, receptive_field=True)
+        else:
+            classifier, layers = self.model.outline()
+        layers, out = [layer for layer in layers if self.match in layer.name], console()
         if self.json:
             out.print(json.dumps([dataclasses.asdict(layer) for layer in layers]))
             return
-        rows = [["layer", "type", "output", "parameters", "stride", *(["receptive field"] * self.receptive_field)]]
+        rows = [["layer", "type", "output", "parameters", "stride", *(["receptive field"] * self.receptive_field), ""]]
         for layer in layers:
             shape = " x ".join(map(str, layer.shape)) if layer.shape else "-"
             stride = "-" if layer.stride is None else str(layer.stride)
@@ -54,7 +57,7 @@ class Layers:
             if self.receptive_field:
                 sees = "whole image" if layer.receptive_field is None else f"{layer.receptive_field} px"
                 row.append(sees if layer.readable else "-")
-            rows.append(row)
+            rows.append([*row, f"* {layer.start}" if layer.start else ""])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         out.print(f"{classifier.name}, input {' x '.join(map(str, classifier.input_shape))}")
         for row, style in zip(rows, ["bold", *(None if layer.readable else "dim" for layer in layers)], strict=True):
@@ -62,6 +65,11 @@ class Layers:
                 "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), style=style
             )
         out.print("Layers in brackets give neither a vector (B, C) nor a map (B, C, H, W) and cannot be explained.")
+        if any(layer.start for layer in layers):
+            out.print(
+                "* good to start with: the last map before pooling is nearest to the prediction; the ends of stages "
+                "show what was found on the way."
+            )
 
 
 @dataclass
