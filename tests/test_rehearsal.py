@@ -149,6 +149,20 @@ def test_a_class_folder_need_not_be_utf8(tmp_path: Path) -> None:
     assert r"caf\\xe9" in (run.path / "report.html").read_text("utf-8")
 
 
+def test_evaluate_finds_a_missing_gradient_before_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from netgloss.workflows import evaluate as verb
+
+    net = netgloss.load_classifier(Small(lambda x: x.detach()))
+    store = netgloss.capture(net, pictures(), ["relu"], tmp_path / "store")
+    run = netgloss.fit("pca", store, "relu", tmp_path / "run", seeds=1, device="cpu", classifier=net,
+                       config=netgloss.find_explainer("pca").Config(num_concepts=3))  # fmt: skip
+    scored: list[Any] = []
+    monkeypatch.setattr(verb, "evaluate_subjects", lambda *a, **k: scored.append(a))
+    with pytest.raises(UserError, match=r"no gradient passes.*found before the scores"):
+        netgloss.evaluate(run, images=pictures(), store=store, classifier=net, device="cpu")
+    assert not scored
+
+
 # -- it changes nothing -----------------------------------------------------------------------------------------------
 
 
