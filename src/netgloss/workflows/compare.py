@@ -312,7 +312,7 @@ def _captured(
             layers += upper_layers(find_explainer(method), options.config_of(method), classifier, layer)
         except UserError:
             continue  # the fit says why
-    if options.rehearsal:
+    if options.rehearsal and execution.fabric.world_size == 1:
         _rehearse(methods, classifier, layer, source, out, options, execution)
     store = capture(
         classifier,

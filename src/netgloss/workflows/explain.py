@@ -21,7 +21,6 @@ from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.explainers.names import find_explainer
-from netgloss.processes import first_then_others
 from netgloss.report import write_report
 from netgloss.runs.run import Run
 from netgloss.training.execution import Execution
@@ -154,13 +153,8 @@ def _before(
             write_report(run)
         return {}
 
-    given: dict[str, Any] = {"options": options.capture, "execution": execution}
-    if options.rehearsal:
-        first_then_others(
-            execution.fabric,
-            lambda: rehearse(classifier, layer, source, {method: config}, act, **given),
-            dict,
-        )
+    if options.rehearsal and execution.fabric.world_size == 1:  # metrics would wait for the other processes
+        rehearse(classifier, layer, source, {method: config}, act, options=options.capture, execution=execution)
 
 
 def _config(method: str, cls: type[Explainer], fields: dict[str, Any]) -> ExplainerConfig:
