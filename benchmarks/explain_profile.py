@@ -1,7 +1,6 @@
 """Where the time of ``explain`` goes, from images to the report, and how near it is to what it cannot do without.
 
-    python benchmarks/explain_profile.py --data SHARED > benchmarks/explain_profile.md
-    python benchmarks/explain_profile.py --data SHARED --source PATH/TO/OTHER/src      # another tree, one line of JSON
+    python benchmarks/explain_profile.py --data SHARED --before PATH/TO/OTHER/src > benchmarks/explain_profile.md
 
 MobileNetV2 with the weights of SHARED/weights, layer features.18, NMF with 32 concepts and one seed, 500 images of
 SHARED/data/imagenette. Each run is a process of its own with one thread; the clock of a stage is the processor time of
@@ -85,14 +84,29 @@ def measure(data: Path, source: Path, count: int, network_images: int) -> dict[s
 
 
 def main() -> None:
-    """Prints the table, or the numbers of another tree."""
+    """Prints the table: both trees in turns, each number the least of ``--repeats``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--source", type=Path, default=Path(__file__).resolve().parent.parent / "src")
+    parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--untrained-images", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=1)
     chosen = parser.parse_args()
-    print(json.dumps(measure(chosen.data, chosen.source, chosen.images, chosen.untrained_images)))
+    here = Path(__file__).resolve().parent.parent / "src"
+    given = (chosen.images, chosen.untrained_images)
+    turns = [[measure(chosen.data, tree, *given) for tree in (chosen.before, here)] for _ in range(chosen.repeats)]
+    old, new = ({name: min(run[name] for run in side) for name in side[0]} for side in zip(*turns, strict=True))
+    print("# Where the time of `explain` goes\n")
+    print(f"`python benchmarks/explain_profile.py --data SHARED --before PATH --repeats {chosen.repeats}`: MobileNetV2")
+    print(f"`features.18`, nmf with 32 concepts, one seed, {chosen.images} images of Imagenette, one thread. Processor")
+    print("seconds; a stage is what it spends itself, without the stages inside.\n")
+    print("| stage | before | now | ratio |\n|---|---|---|---|")
+    for name in sorted(new, key=lambda stage: -new[stage]):
+        ratio = f"{old[name] / new[name]:.2f}" if new[name] and name in old else ""
+        print(f"| {name} | {old.get(name, 0.0):.1f} | {new[name]:.1f} | {ratio} |")
+    needed = new["decoding and one forward pass"] + new["fit"]
+    print(f"\nDecoding, one forward pass and the fit take {needed:.1f} s: explain takes", end=" ")
+    print(f"{new['explain in all'] / needed:.2f} times as long.")
 
 
 if __name__ == "__main__":
