@@ -102,7 +102,7 @@ def prepare(small_chunks: bool = True) -> None:
     torch.set_num_threads(1)
     if small_chunks:
         store_module._CHUNK_BYTES = 1 << 17
-        FitOptions.__init__.__defaults__ = (0.0, 20)  # type: ignore[misc]
+        FitOptions.__init__.__defaults__ = (0.0, 20, None)  # type: ignore[misc]
 
 
 def make_images(path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from netgloss.classifiers import LayerInfo, list_layers
+import netgloss
+from netgloss.classifiers import LayerInfo, list_layers, outline_layers
 from netgloss.classifiers.layouts import find_layout
+from netgloss.cli import main
+from netgloss.errors import UserError
 
 
 def layers_of(net: nn.Module, side: int, channels: int = 3) -> dict[str, LayerInfo]:
@@ -68,7 +75,7 @@ def test_describes_every_layer() -> None:
     assert net.training
     assert not any(m._forward_hooks for m in net.modules())
     assert found["conv"] == LayerInfo("conv", "Conv2d", (4, 4, 4), 4 * 27 + 4, 2, 3, 1, True, "nchw")
-    assert found["relu"] == LayerInfo("relu", "ReLU", (4, 4, 4), 0, 2, 3, 2, True, "nchw")
+    assert found["relu"] == LayerInfo("relu", "ReLU", (4, 4, 4), 0, 2, 3, 2, True, "nchw", "last map")
     assert found["pair"] == LayerInfo("pair", "Pair", (), 0, None, None, 1, False)
     assert found["unused"] == LayerInfo("unused", "Linear", (), 6, None, None, 0, False)
     assert found["head"] == LayerInfo("head", "Linear", (5,), 25, None, None, 1, True, "vector")
@@ -239,3 +246,90 @@ def test_timm_networks_with_static_padding_and_channels_last_blocks() -> None:
     plain = layers_of(timm.create_model("efficientnet_lite0", num_classes=3), 96)
     for layer in ("conv_stem", "blocks.2", "bn2"):
         assert (same[layer].stride, same[layer].receptive_field) == (plain[layer].stride, plain[layer].receptive_field)
+
+
+# -- outlines and where to start --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm:resnet18",
+        "timm:test_vit",
+        "timm:test_vit3",
+        "timm:test_efficientnet",
+        "timm:levit_128s",
+        "timm:mixer_s32_224",
+        "torchvision:squeezenet1_1",
+        "torchvision:shufflenet_v2_x0_5",
+    ],
+)
+def test_a_network_without_weights_has_the_same_layers(name: str) -> None:
+    _, found = outline_layers(name)
+    assert found == list_layers(netgloss.load_classifier(name, random_weights=True))
+
+
+def test_an_outline_of_another_head_size_and_input() -> None:
+    classifier, found = outline_layers("timm:test_vit", num_classes=7, input_size=96)
+    assert classifier.num_classes == 7
+    assert found == list_layers(
+        netgloss.load_classifier("timm:test_vit", num_classes=7, input_size=96, random_weights=True)
+    )
+
+
+def test_an_outline_checks_a_checkpoint(tmp_path: Path) -> None:
+    net = netgloss.load_classifier("timm:test_vit", random_weights=True).net
+    torch.save(net.state_dict(), tmp_path / "right.pth")
+    assert outline_layers("timm:test_vit", checkpoint=tmp_path / "right.pth")[1]
+    torch.save({"a": torch.zeros(2)}, tmp_path / "wrong.pth")
+    with pytest.raises(UserError, match="does not fit the network"):
+        outline_layers("timm:test_vit", checkpoint=tmp_path / "wrong.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "last"),
+    [
+        ("timm:resnet18", ["act1", "layer1", "layer2", "layer3"], "layer4"),
+        ("torchvision:mobilenet_v2", [f"features.{i}" for i in (1, 3, 6, 13)], "features.18"),
+        ("torchvision:vgg11", [f"features.{i}" for i in (1, 4, 9, 14)], "features.19"),
+        ("timm:test_convnext", None, "norm_pre"),
+        ("timm:test_vit", [], "blocks.4"),
+        ("critters", None, "block5"),
+    ],
+)
+def test_ends_of_stages_and_the_last_map_are_good_to_start_with(name: str, stages: list[str] | None, last: str) -> None:
+    _, found = outline_layers(name)
+    assert [layer.name for layer in found if layer.start == "last map"] == [last]
+    if stages is not None:
+        assert [layer.name for layer in found if layer.start == "end of a stage"] == stages
+    assert all(layer.readable and len(layer.shape) == 3 for layer in found if layer.start)
+
+
+def test_names_are_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    main(["layers", "--model", "timm:test_efficientnet"])
+    shown = capsys.readouterr().out
+    _, layers = outline_layers("timm:test_efficientnet")
+    assert {line.split("  ")[0] for line in shown.splitlines()} >= {layer.name for layer in layers}
+    assert "* last map" in shown
+    main(["layers", "--model", "timm:test_efficientnet", "--json"])
+    assert {record["name"]: record["start"] for record in json.loads(capsys.readouterr().out)} == {
+        layer.name: layer.start for layer in layers
+    }
+
+
+def test_the_compiler_is_imported_when_it_is_used_and_not_before() -> None:
+    code = """
+import sys, torch
+from netgloss.classifiers.outline import outline_layers
+outline_layers("timm:test_vit")
+assert "torch._dynamo" not in sys.modules, "imported"
+from torchvision.ops import roi_align
+boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+assert roi_align(torch.ones(1, 1, 4, 4), [boxes], 2).shape == (1, 1, 2, 2)
+assert torch.equal(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)), torch.full((2,), 2.0))
+from torch._dynamo.utils import is_compile_supported
+assert is_compile_supported.__module__ == "torch._dynamo.utils"
+assert torch.compiler.disable.__module__ == "torch.compiler"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -262,7 +262,7 @@ def test_one_image_is_enough(tmp_path: Path) -> None:
 KILLED = """
 import sys, netgloss
 from netgloss.training import FitOptions
-FitOptions.__init__.__defaults__ = (0.0, 20)
+FitOptions.__init__.__defaults__ = (0.0, 20, None)
 class Slow:
     def start(self, task, *a, **k): self.fitting = task.startswith("fit")
     def advance(self, *a, **k):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +68,9 @@ class CaptureOptions:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"workers must not be negative, got {self.workers}")
+
+
+Check = Callable[[str, Tensor], None]
 
 
 def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str], options: CaptureOptions) -> StoreKey:
@@ -156,6 +159,7 @@ def capture(
     options: CaptureOptions | None = None,
     info: StoreInfo | None = None,
     progress: Progress | None = None,
+    check: Check | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Store:
@@ -165,6 +169,7 @@ def capture(
     ----------
     classifier : runs on its own device.
     layers : dotted names; all are read in one pass.
+    check : called with the name and the activations of each layer for every batch; what it raises ends the capture.
     rank, world : this process writes the chunks ``rank, rank + world, ...``; the store must be prepared then.
 
     Returns
@@ -182,7 +187,7 @@ def capture(
     store = prepare_store(classifier, source, layers, out, options=options, info=info, progress=progress, world=world)
     pending = [c for c in store.pending if c % world == rank]
     if pending:
-        _capture_chunks(store, classifier, source, pending, options, progress)
+        _capture_chunks(store, classifier, source, pending, options, progress, check)
     if not store.pending and len(store.valid) == 0:
         reason = next(iter(store.problems.values()), "no reason known")
         raise UserError(f"none of the {len(source)} images of {source.description} could be read; the first: {reason}")
@@ -215,6 +220,7 @@ def _capture_chunks(
     pending: Sequence[int],
     options: CaptureOptions,
     progress: Progress,
+    check: Check | None,
 ) -> None:
     from netgloss.classifiers import Taps
 
@@ -241,6 +247,9 @@ def _capture_chunks(
                     raise UserError(next(r for r in reasons if r))
                 for part, outputs, logits in halving(len(reasons), partial(_forward, taps, pixels, options.logits)):
                     buffer.add(outputs, logits, reasons[part])
+                    readable = [i for i, reason in enumerate(reasons[part]) if not reason]
+                    for name, values in outputs.items() if check and readable else ():
+                        check(name, values[readable])  # type: ignore[misc]
                 progress.advance(len(reasons), note=f"{skipped} skipped" if skipped else "")
             if last is not None:
                 last.result()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Layer:
                 index = images[start : start + batch_size]
                 yield index, torch.from_numpy(self.store.read(self.name, index)).float().to(self.classifier.device)
 
-    @property
+    @cached_property  # matching 1,000 class names takes 40 ms
     def labels(self) -> np.ndarray:
         """(N,) class index of the classifier for every image of the store, -1 where it is unknown."""
         return class_labels(self.store, self.classifier.class_names, self.classifier.wnids)

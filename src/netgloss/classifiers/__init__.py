@@ -4,6 +4,7 @@ the logits.
 
 from netgloss.classifiers.layers import LayerInfo, last_map, list_layers
 from netgloss.classifiers.loading import Classifier, imagenet_wnids, load_classifier, load_from_spec
+from netgloss.classifiers.outline import outline_layers
 from netgloss.classifiers.preprocessing import Geometry, Preprocessing
 from netgloss.classifiers.section import cut_section, section_from_spec, section_of
 from netgloss.classifiers.tail import Tail, later_layers
@@ -24,6 +25,7 @@ __all__ = [
     "load_classifier",
     "load_from_spec",
     "network_of",
+    "outline_layers",
     "replaced",
     "section_from_spec",
     "section_of",

@@ -44,7 +44,8 @@ def with_logits(net: nn.Module, blank: Tensor, name: str) -> tuple[nn.Module, in
     if logits is None or logits.ndim != 2 or len(logits) != len(blank):
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise UserError(f"{name} is no classifier: for 2 images it gives {got}, not logits (2, num_classes)")
-    whole = logits.shape[1] > 1 and bool((logits >= 0).all()) and bool((logits.sum(1) - 1).abs().max() < 1e-4)
+    seen = logits.shape[1] > 1 and not logits.is_meta  # an outline's logits have no values
+    whole = seen and bool((logits >= 0).all()) and bool((logits.sum(1) - 1).abs().max() < 1e-4)
     if whole or (last and isinstance(last[-1], (nn.Sigmoid, nn.Softmax))):
         raise UserError(
             f"{name} gives probabilities (its head ends in a softmax or sigmoid), not logits: let it return the values "

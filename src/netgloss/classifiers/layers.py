@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class LayerInfo:
     calls : how often it runs in a forward; shape and the rest are those of the last run. 0: never runs, or runs unseen.
     readable : True if its output can be read as (B, C) or (B, C, H, W), so that it can be explained.
     layout : "vector", "nchw", "nhwc" or "tokens"; "" where it is not readable.
+    start : why the layer is good to start with ("last map", "end of a stage"), or "".
     """
 
     name: str
@@ -58,6 +60,7 @@ class LayerInfo:
     calls: int
     readable: bool
     layout: str = ""
+    start: str = ""
 
 
 def last_map(classifier: Classifier) -> str:
@@ -101,7 +104,7 @@ def list_layers(classifier: Classifier, *, receptive_field: bool = False) -> lis
     forms: dict[str, set[int]] = {}
 
     def see(name: str, module: nn.Module, output: Any) -> None:
-        calls[name] = calls.get(name, 0) + 1
+        calls[name] = calls.pop(name, 0) + 1  # in the order of their last runs
         forms.setdefault(name, set()).add(getattr(output, "ndim", -1))
         try:
             layout = classifier.find_layout(name, output)
@@ -119,6 +122,7 @@ def list_layers(classifier: Classifier, *, receptive_field: bool = False) -> lis
     }
     layouts = {name: layout for name, (_, layout) in outputs.items() if layout is not None}
     fields = _receptive_fields(classifier, maps, layouts) if receptive_field else {}
+    starts = _starts(classifier.net, maps, layouts, list(calls))
     found = []
     for name, module in classifier.net.named_modules():
         shape, layout = outputs.get(name, ((), None))
@@ -128,7 +132,45 @@ def list_layers(classifier: Classifier, *, receptive_field: bool = False) -> lis
         if name:
             kind = "" if layout is None else layout.kind
             about = (name, type(module).__name__, shape, params, stride, seen, calls.get(name, 0))
-            found.append(LayerInfo(*about, layout is not None, kind))
+            found.append(LayerInfo(*about, layout is not None, kind, starts.get(name, "")))
+    return found
+
+
+def _starts(
+    net: nn.Module, maps: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout], order: Sequence[str]
+) -> dict[str, str]:
+    """Layers that are good to start with: the last one before the grid changes (the end of a stage), and the last map.
+
+    The patch tokens of the last block do not reach a head that reads the class token: the block before it counts as
+    the last map then.
+    """
+    children: dict[str, list[str]] = {}
+    for name in order:  # a module's nearest ancestor that runs: lists of modules do not
+        above = name.rpartition(".")[0]
+        while above and above not in layouts and above not in maps:
+            above = above.rpartition(".")[0]
+        if name in maps and "Pool" not in type(net.get_submodule(name)).__name__:
+            children.setdefault(above, []).append(name)
+    parts = _parts("", children, maps)
+    ends = [a for a, b in itertools.pairwise(parts) if maps[a][1:] != maps[b][1:]]
+    found = {name: "end of a stage" for name in ends if name.count(".") < 3}  # deeper ones are branches of blocks
+    if not parts:
+        return found
+    last = parts[-1]
+    if layouts[last].prefix and getattr(net, "global_pool", "") != "avg":
+        blocks = [name for name in children.get("blocks", children[""]) if re.search(r"\bblocks\.\d+$", name)]
+        last = blocks[-2] if len(blocks) > 1 else last
+    return found | {last: "last map"}
+
+
+def _parts(of: str, children: Mapping[str, list[str]], maps: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What a module runs one after the other, where chains of three or more grids are opened in turn."""
+    direct = children.get(of, [])
+    found = []
+    for part in direct:
+        inner = _parts(part, children, maps)
+        opened = len({maps[name][1:] for name in inner}) >= (2 if len(direct) == 1 else 3)
+        found += inner if opened else [part]
     return found
 
 

@@ -39,6 +39,10 @@ _CHANNELS_FIRST = (
 _ATTRIBUTE = "_netgloss_layout"
 
 
+class ValuesNeeded(Exception):
+    """A layout depends on which values are NaN, and the tensor is on the meta device and has none."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How an output is read.
@@ -154,7 +158,7 @@ def _map_kind(output: Tensor, name: str, net: nn.Module, asked: str, square: boo
         return "nchw"
     if square and sides is not None:
         return sides
-    lost = output[1].isnan()
+    lost = _lost(output)
     if lost.any() and not lost.all():
         first, last = ((lost.float() - lost.float().mean(axis, keepdim=True)).abs().mean() for axis in (0, 2))
         if first != last:
@@ -173,19 +177,19 @@ def _map_kind(output: Tensor, name: str, net: nn.Module, asked: str, square: boo
 
 
 def _tokens(output: Tensor, name: str, net: nn.Module, prefix_tokens: int | None) -> Layout:
-    count = output.shape[1]
-    lost = output[1].isnan()
-    if lost.any() and not lost.all():
+    count, facts = output.shape[1], _facts(net)
+    if output.is_meta and not _is_clear(output, facts, prefix_tokens):
+        raise ValuesNeeded
+    lost = None if output.is_meta else _lost(output)
+    if lost is not None and lost.any() and not lost.all():
         tokens, features = ((lost.float() - lost.float().mean(axis, keepdim=True)).abs().mean() for axis in (0, 1))
         if tokens < features:
             raise UserError(f"layer {name!r} gives {tuple(output.shape)} with features before tokens; choose another")
-    facts = _facts(net)
     if prefix_tokens is None and facts is not None and facts[0] * facts[1] + facts[2] == count:
         return Layout("tokens", facts[:2], facts[2])
     if prefix_tokens is None and facts is not None and facts[0] * facts[1] == count:
         return Layout("tokens", facts[:2], 0)
-    tried = PREFIXES if prefix_tokens is None else (prefix_tokens,)
-    fitting = [p for p in tried if count > p and math.isqrt(count - p) ** 2 == count - p]
+    fitting = _fitting(count, prefix_tokens)
     if len(fitting) != 1:
         raise UserError(
             f"layer {name!r} gives {count} tokens, and it cannot be seen which of them are patches of a square grid: "
@@ -193,6 +197,32 @@ def _tokens(output: Tensor, name: str, net: nn.Module, prefix_tokens: int | None
         )
     side = math.isqrt(count - fitting[0])
     return Layout("tokens", (side, side), fitting[0])
+
+
+def _fitting(count: int, prefix_tokens: int | None) -> list[int]:
+    """Numbers of prefix tokens that leave a square grid."""
+    tried = PREFIXES if prefix_tokens is None else (prefix_tokens,)
+    return [p for p in tried if count > p and math.isqrt(count - p) ** 2 == count - p]
+
+
+def _is_clear(output: Tensor, facts: tuple[int, int, int] | None, prefix_tokens: int | None) -> bool:
+    """True if values would not change how an output (B, N, C) is read: the network's facts name N and not C, or neither
+    of them can be tokens.
+    """
+    first, last = output.shape[1:]
+    known = (
+        set() if facts is None or prefix_tokens is not None else {facts[0] * facts[1], facts[0] * facts[1] + facts[2]}
+    )
+    if known & {first, last}:
+        return last not in known
+    return len(_fitting(first, prefix_tokens)) != 1
+
+
+def _lost(output: Tensor) -> Tensor:
+    """Which values of the image with NaN in a corner are NaN."""
+    if output.is_meta:
+        raise ValuesNeeded
+    return output[1].isnan()
 
 
 def _facts(net: nn.Module) -> tuple[int, int, int] | None:

@@ -106,6 +106,8 @@ class Compare:
     """Of these, images for ConceptSHAP, Sobol indices and the agreement of importances."""
     store: Path | None = None
     """Where the activations are, or go; default: inside --out."""
+    rehearsal: bool = True
+    """With --methods: try every stage on four images first, and say which methods will be left out."""
     device: Device = "auto"
 
     def run(self) -> None:
@@ -128,6 +130,7 @@ class Compare:
             on_rate=self.on_rate,
             faithfulness=faithfulness,
             store=self.store,
+            rehearsal=self.rehearsal,
         )
         with execution(self.device) as running:
             comparison = compare(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
-    from netgloss.classifiers import Classifier
+    from netgloss.classifiers import Classifier, LayerInfo
     from netgloss.training.execution import Execution
 
 
@@ -40,18 +40,21 @@ class Model:
     """Tokens before the patches (class token, registers), where it cannot be seen."""
 
     def load(self) -> Classifier:
+        """The classifier with its weights."""
         from netgloss.classifiers import load_classifier
 
-        return load_classifier(
-            self.model,
-            checkpoint=self.checkpoint,
-            random_weights=self.random_weights,
-            class_names=self.class_names,
-            num_classes=self.num_classes,
-            input_size=self.input_size,
-            mean=self.mean,
-            std=self.std,
-        ).with_layout(self.layout, self.prefix_tokens)
+        return load_classifier(self.model, **self._fields()).with_layout(self.layout, self.prefix_tokens)
+
+    def outline(self) -> tuple[Classifier, list[LayerInfo]]:
+        """The layers, without the weights of named networks."""
+        from netgloss.classifiers import outline_layers
+
+        fields = {"layout": self.layout, "prefix_tokens": self.prefix_tokens, **self._fields()}
+        return outline_layers(self.model, **fields)
+
+    def _fields(self) -> dict[str, Any]:
+        names = ("checkpoint", "random_weights", "class_names", "num_classes", "input_size", "mean", "std")
+        return {name: getattr(self, name) for name in names}
 
 
 Device = Literal["auto", "cpu", "cuda", "mps"]

@@ -41,13 +41,16 @@ class Layers:
 
         from netgloss.classifiers import list_layers
 
-        classifier, out = self.model.load(), console()
-        layers = list_layers(classifier, receptive_field=self.receptive_field)
-        layers = [layer for layer in layers if self.match in layer.name]
+        if self.receptive_field:
+            classifier = self.model.load()
+            layers = list_layers(classifier, receptive_field=True)
+        else:
+            classifier, layers = self.model.outline()
+        layers, out = [layer for layer in layers if self.match in layer.name], console()
         if self.json:
             out.print(json.dumps([dataclasses.asdict(layer) for layer in layers]))
             return
-        rows = [["layer", "type", "output", "parameters", "stride", *(["receptive field"] * self.receptive_field)]]
+        rows = [["layer", "type", "output", "parameters", "stride", *(["receptive field"] * self.receptive_field), ""]]
         for layer in layers:
             shape = " x ".join(map(str, layer.shape)) if layer.shape else "-"
             stride = "-" if layer.stride is None else str(layer.stride)
@@ -55,7 +58,7 @@ class Layers:
             if self.receptive_field:
                 sees = "whole image" if layer.receptive_field is None else f"{layer.receptive_field} px"
                 row.append(sees if layer.readable else "-")
-            rows.append(row)
+            rows.append([*row, f"* {layer.start}" if layer.start else ""])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         out.print(f"{classifier.name}, input {' x '.join(map(str, classifier.input_shape))}")
         for row, style in zip(rows, ["bold", *(None if layer.readable else "dim" for layer in layers)], strict=True):
@@ -63,6 +66,11 @@ class Layers:
                 "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), style=style
             )
         out.print("Layers in brackets give neither a vector (B, C) nor a map (B, C, H, W) and cannot be explained.")
+        if any(layer.start for layer in layers):
+            out.print(
+                "* good to start with: the last map before pooling is nearest to the prediction; the ends of stages "
+                "show what was found on the way."
+            )
 
 
 @dataclass
@@ -220,6 +228,8 @@ class Explain:
     """Make an unreadable image an error instead of skipping and listing it."""
     untrained_images: int = 256
     """Images for the untrained-network control; 0 leaves it out."""
+    rehearsal: bool = True
+    """Try every stage on four images first (about a second): what would end the run late ends it at once."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
     precision: str = "32-true"
     """Precision of the training steps, as Fabric names them."""
@@ -244,6 +254,7 @@ class Explain:
                     store=self.store,
                     capture=CaptureOptions(dtype=self.dtype, workers=self.workers, strict=self.strict),
                     evaluation=EvaluationOptions(untrained_images=self.untrained_images),
+                    rehearsal=self.rehearsal,
                 ),
             )
         if execution.leads:

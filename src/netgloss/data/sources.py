@@ -55,11 +55,11 @@ class FileSource(ImageSource):
     def __init__(
         self, root: Path, files: Sequence[str], *, labelled: bool, description: str, notes: Iterable[str] = ()
     ) -> None:
-        classes = [file.split("/")[0] if labelled and "/" in file else None for file in files]
+        ids = [os.fsencode(file).decode("utf-8", "backslashreplace") for file in files]  # names need not be UTF-8
+        classes = [name.split("/")[0] if labelled and "/" in name else None for name in ids]
         names = sorted({name for name in classes if name is not None})
         index = {name: i for i, name in enumerate(names)}
         targets = np.array([-1 if name is None else index[name] for name in classes], np.int64)
-        ids = [os.fsencode(file).decode("utf-8", "backslashreplace") for file in files]
         super().__init__(ids, description=description, class_names=names, targets=targets, notes=notes)
         self.root = Path(os.path.abspath(root))
         self._files = list(files)

@@ -233,6 +233,17 @@ class Explainer(nn.Module):
         return cls.uses
 
     @classmethod
+    def check_activation(cls, config: ExplainerConfig, layer: str, activation: Tensor) -> None:
+        """Refuses activations (B, C) or (B, C, H, W) of ``layer`` that no fit with ``config`` can take.
+
+        A capture for the method calls it with every batch, so that it ends with the first one that is refused.
+
+        Raises
+        ------
+        UserError : the reason, and what to do.
+        """
+
+    @classmethod
     def upper_layers(cls, config: ExplainerConfig, later: Sequence[str]) -> Sequence[str]:
         """With ``"upper"`` in :meth:`needs`: which of the layers that run ``later`` (in order) are captured as well."""
         return ()

@@ -114,16 +114,20 @@ class NMF(LinearExplainer):
         self.notes.append(f"then refined on all {rows.num_rows:,} rows in mini-batches")
         return nmf.components_
 
-    def _nonnegative(self, rows: Tensor) -> Tensor:
-        lowest = float(rows.min())
-        if lowest >= 0:
-            return rows
-        if self.config.negative == "error":
+    @classmethod
+    def check_activation(cls, config: ExplainerConfig, layer: str, activation: Tensor) -> None:
+        """Refuses values below zero with ``negative="error"``."""
+        assert isinstance(config, NMFConfig)
+        lowest = float(activation.min())
+        if lowest < 0 and config.negative == "error":
             raise UserError(
-                f"NMF needs activations >= 0, but layer {self.spec.name!r} goes down to {lowest:.4g}: take a layer "
-                f"after a ReLU, another method (pca, topk-sae), or negative = 'clip' to set them to zero"
+                f"NMF needs activations >= 0, but layer {layer!r} goes down to {lowest:.4g}: take a layer after a "
+                "ReLU, another method (pca, topk-sae), or negative = 'clip' to set them to zero"
             )
-        return rows.clamp(min=0)
+
+    def _nonnegative(self, rows: Tensor) -> Tensor:
+        self.check_activation(self.config, self.spec.name, rows)
+        return rows if self.config.negative == "error" else rows.clamp(min=0)
 
     @torch.no_grad()
     def encode_rows(self, rows: Tensor) -> Tensor:

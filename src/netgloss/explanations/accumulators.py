@@ -22,6 +22,9 @@ from netgloss.progress import Progress
 EPS = 1e-12
 
 
+_KEPT_BYTES = 1 << 28
+
+
 def by_position(codes: Tensor) -> Tensor:
     """(B, K) or (B, K, H, W) -> (B, K, P) on the CPU."""
     return codes.flatten(2).cpu() if codes.ndim == 4 else codes[:, :, None].cpu()
@@ -63,6 +66,8 @@ class ConceptAccumulators:
     explained: int = 0
     labelled: int = 0
     mistakes: list[Mistake] = field(default_factory=list)
+    codes: list[Tensor] = field(default_factory=list)
+    """(B, K, P) of every batch, where they are kept."""
 
     def __post_init__(self) -> None:
         k = self.num_concepts
@@ -122,15 +127,23 @@ class ConceptAccumulators:
 
 
 def accumulate_concepts(
-    explainer: Explainer, layer: Layer, images: np.ndarray, *, gallery: int, progress: Progress
+    explainer: Explainer, layer: Layer, images: np.ndarray, *, gallery: int, progress: Progress, keep: bool = False
 ) -> ConceptAccumulators:
-    """The pass itself; contributions only where the concepts lead to the logits."""
+    """The pass itself; contributions only where the concepts lead to the logits.
+
+    Parameters
+    ----------
+    keep : keep the codes, unless they are large.
+    """
     sums = ConceptAccumulators(explainer.num_concepts, gallery)
     progress.start("explanations", len(images), unit="images")
     for batch in layer.batches(images):
         with torch.no_grad():
             codes = explainer.encode(batch.activation)
-        sums.add_codes(by_position(codes), batch.index)
+        codes_BKP = by_position(codes)
+        sums.add_codes(codes_BKP, batch.index)
+        if keep and codes_BKP[0].numel() * codes_BKP.element_size() * len(images) <= _KEPT_BYTES:
+            sums.codes.append(codes_BKP)
         predicted = sums.add_predictions(batch)
         if explainer.target != "image":
             classes = torch.where(batch.labels >= 0, batch.labels, predicted)

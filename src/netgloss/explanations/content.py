@@ -6,6 +6,7 @@ Shape letters: B images, K concepts, H W grid, P positions.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,9 @@ def explain_layer(
     """
     options = options or ExplanationOptions()
     images = np.sort(np.concatenate([fit_images, heldout_images]))
-    sums = accumulate_concepts(explainer, layer, images, gallery=options.gallery, progress=progress or Silent())
+    keep = len(images) <= options.histogram_images  # the histograms are then drawn from all images
+    progress = progress or Silent()
+    sums = accumulate_concepts(explainer, layer, images, gallery=options.gallery, progress=progress, keep=keep)
     explained_classes = explainer.explained_classes
     candidates = heldout_images if len(heldout_images) else images
     if explained_classes is not None:
@@ -167,13 +170,12 @@ def _histograms(
     picked = images[:: max(1, -(-len(images) // options.histogram_images))]
     rng = np.random.default_rng(0)
     peaks, rows = [], []
-    with torch.no_grad():
-        for batch in layer.batches(picked):
-            codes_BKP = by_position(explainer.encode(batch.activation)).numpy()
-            peaks.append(codes_BKP.max(axis=2))
-            flat = codes_BKP.transpose(0, 2, 1).reshape(-1, codes_BKP.shape[1])
-            keep = min(len(flat), _ROWS_FOR_QUANTILE * len(codes_BKP) // len(picked) + 1)
-            rows.append(flat[rng.choice(len(flat), size=keep, replace=False)])
+    for codes_BKP in sums.codes or _codes_by_position(explainer, layer, picked):
+        values = codes_BKP.numpy()
+        peaks.append(values.max(axis=2))
+        flat = values.transpose(0, 2, 1).reshape(-1, values.shape[1])
+        keep = min(len(flat), _ROWS_FOR_QUANTILE * len(values) // len(picked) + 1)
+        rows.append(flat[rng.choice(len(flat), size=keep, replace=False)])
     peak_NK = np.concatenate(peaks)
     quantile_K = np.quantile(np.concatenate(rows), _CONTOUR_QUANTILE, axis=0)
     histograms, ranges = [], []
@@ -185,6 +187,13 @@ def _histograms(
         contour = min(float(quantile_K[k]), 0.9 * top) if quantile_K[k] > 0 else 0.5 * top
         ranges.append(ConceptRange(low=min(float(sums.low_K[k]), 0.0), high=top, contour=contour))
     return histograms, ranges
+
+
+def _codes_by_position(explainer: Explainer, layer: Layer, images: np.ndarray) -> Iterator[torch.Tensor]:
+    """(B, K, P) of every batch."""
+    with torch.no_grad():
+        for batch in layer.batches(images):
+            yield by_position(explainer.encode(batch.activation))
 
 
 def _choose_examples(

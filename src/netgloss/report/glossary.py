@@ -19,7 +19,8 @@ BASELINES = {
     "shuffled_codes": "The method's own decoder, fed the codes of another image: what is left is not about the image.",
     "mean_activation": "A constant: the mean of the layer at every position.",
     "untrained_network": "The same method on the same architecture with random weights. What is reached there does not "
-    "come from what the network learned.",
+    "come from what the network learned. It takes a further pass, and therefore few images (at most 256 unless "
+    "--untrained-images says otherwise), half of them for its fit.",
     "random_dictionary": "Two random dictionaries of this size, with the layer's scale and sign.",
     "shuffled_dictionary": "The values of each feature shuffled among the concepts: scale and sparsity stay, what made "
     "concepts is gone.",

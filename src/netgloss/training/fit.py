@@ -224,7 +224,8 @@ class _ExplainerTraining(Training[Batch]):
     @property
     def total(self) -> int:  # type: ignore[override]
         """The explainer's own number of steps, which may change during the fit."""
-        return self.explainer.max_steps
+        steps = self.explainer.max_steps
+        return steps if self.options.max_steps is None else min(steps, self.options.max_steps)
 
     def takes(self, step: int) -> bool:
         """Also asks the explainer, which may stop or reset its optimiser."""

@@ -44,6 +44,8 @@ class FitOptions:
     """Seconds between two checkpoints: what a kill may cost."""
     log_every: int = 20
     """Steps between two lines of the history."""
+    max_steps: int | None = None
+    """Stop after so many steps, as a rehearsal does; default all."""
 
 
 class Training(Generic[BatchT]):

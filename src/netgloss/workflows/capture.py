@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netgloss.activations import CaptureOptions, Store, StoreInfo, capture, prepare_store
-from netgloss.activations.capture import origin
+from netgloss.activations.capture import Check, origin
 from netgloss.processes import first_then_others, together
 from netgloss.runs.run import versions
 from netgloss.training.execution import Execution
@@ -30,11 +30,13 @@ def capture_store(
     out: str | Path,
     *,
     options: CaptureOptions | None = None,
+    check: Check | None = None,
     device: str | Execution = "auto",
 ) -> Store:
     """Captures into one store by all processes of an execution; complete when it returns.
 
-    The store is the same, byte for byte, whatever the number of processes.
+    The store is the same, byte for byte, whatever the number of processes. ``check`` sees every batch, as in
+    :func:`netgloss.capture`.
 
     Raises
     ------
@@ -52,5 +54,5 @@ def capture_store(
         lambda: prepare_store(classifier, source, layers, out, **given),
         lambda: Store.open(out),
     )
-    rank, world = fabric.global_rank, fabric.world_size
-    return together(fabric, lambda: capture(classifier, source, layers, out, rank=rank, world=world, **given))
+    given |= {"check": check, "rank": fabric.global_rank, "world": fabric.world_size}
+    return together(fabric, lambda: capture(classifier, source, layers, out, **given))

@@ -48,6 +48,7 @@ from netgloss.workflows.capture import store_info
 from netgloss.workflows.control_networks import UNTRAINED, add_network, describe_network
 from netgloss.workflows.evaluate import check_image_counts, choose_images
 from netgloss.workflows.fit import fit
+from netgloss.workflows.rehearsal import Failed, Rehearsal, lacks_gradient, rehearse, unmatched_classes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,6 +77,8 @@ class CompareOptions:
     on_rate : share of positions where every concept counts as on, in the dissection.
     faithfulness : how many images concepts are deleted on.
     store : where the activations are, or go; default inside ``out``.
+    rehearsal : before a sweep, try every stage and method on four images (``workflows/rehearsal.py``). It changes no
+        result.
     """
 
     num_concepts: int = 32
@@ -90,6 +93,7 @@ class CompareOptions:
     faithfulness: FaithfulnessOptions = field(default_factory=FaithfulnessOptions)
     store: str | Path | None = None
     capture: CaptureOptions | None = None
+    rehearsal: bool = True
 
     def __post_init__(self) -> None:
         check_image_counts(max_images=self.max_images, network_images=self.network_images)
@@ -182,6 +186,8 @@ def compare(
     opened = [run if isinstance(run, Run) else Run(run) for run in runs]
     source = open_sources(images, eval_images) if images is not None else None
     names = method_list(methods) if methods else []
+    if options.annotations:
+        open_annotated(options.annotations, source)  # a wrong path must not end the comparison after the fits
     if names or (options.dictionaries and not opened):
         classifier, layer, store = _captured(model, layer, source, out, names, options, execution)
     elif opened:
@@ -306,6 +312,8 @@ def _captured(
             layers += upper_layers(find_explainer(method), options.config_of(method), classifier, layer)
         except UserError:
             continue  # the fit says why
+    if options.rehearsal and execution.fabric.world_size == 1:
+        _rehearse(methods, classifier, layer, source, out, options, execution)
     store = capture(
         classifier,
         source,
@@ -316,6 +324,83 @@ def _captured(
         progress=execution.shown,
     )
     return classifier, layer, store
+
+
+def _rehearse(
+    methods: Sequence[str],
+    classifier: Classifier,
+    layer: str,
+    source: ImageSource,
+    out: Path,
+    options: CompareOptions,
+    execution: Execution,
+) -> None:
+    """Tries the methods that are not fitted yet on four images, and says which of them will be left out."""
+    label_of = dict(zip(methods, _labels(methods), strict=True))
+    todo = {
+        method: options.config_of(method)
+        for method, label in label_of.items()
+        if method not in options.without
+        and find_explainer(method).target != "image"
+        and not (out / "runs" / label / "explainer.safetensors").exists()
+    }
+    if not todo:
+        return
+
+    def act(rehearsal: Rehearsal) -> dict[str, Failed]:
+        failures: dict[str, Failed] = {}
+        subjects: dict[str, Subject] = {}
+        for method, config in todo.items():
+            try:
+                subject = Subject(label_of[method], method, kind="control" if method in CONTROLS else "method")
+                subject.read(rehearsal.fit(method, config, subject.name))
+            except Failed as failed:
+                failures[method] = failed
+            else:
+                subjects[method] = subject
+        if subjects:
+            _rehearse_evaluation(rehearsal, list(subjects.values()), options)
+        reasons = {method: subject.reason for method, subject in subjects.items() if subject.reason}
+        failures |= {method: Failed("evaluate", UserError(reason)) for method, reason in reasons.items()}
+        return failures
+
+    unmatched = unmatched_classes(classifier, source)
+    if unmatched:
+        execution.shown.say(unmatched)
+    given: dict[str, Any] = {"options": options.capture or CaptureOptions(), "execution": execution}
+    for method, reason in rehearse(classifier, layer, source, todo, act, **given).items():
+        execution.shown.say(f"{label_of[method]}: will be left out: {reason}")
+
+
+def _rehearse_evaluation(rehearsal: Rehearsal, subjects: list[Subject], options: CompareOptions) -> None:
+    """All metrics and the page, of methods that were fitted on few images."""
+    classifier, layer, store = rehearsal.classifier, rehearsal.layer, rehearsal.store
+    few = dataclasses.replace(
+        options.faithfulness,
+        images=min(options.faithfulness.images, 2),
+        importance_images=min(options.faithfulness.importance_images, 1),
+        steps=2,
+        shapley_pairs=2,
+        sobol_points=2,
+        fits=1,
+    )
+    with rehearsal.stage("evaluate"):
+        fit_images, _, images, warnings = choose_images(store, None)
+        tail = make_tail(classifier, layer, rehearsal.source)
+        given: dict[str, Any] = {"faithfulness": few, "progress": rehearsal.watch}
+        context = EvaluationContext(store, layer, classifier, rehearsal.source, tail, fit_images, images, **given)
+        evaluate_subjects(context, subjects)
+        for subject in subjects:
+            notes = [note for note in subject.notes if note.startswith("faithfulness could not") and not subject.reason]
+            if notes and lacks_gradient(notes[0]):  # which holds for all methods
+                raise RuntimeError(f"--faithfulness-images 0 leaves it out; {notes[0]}")
+    with rehearsal.stage("page"):
+        networks: dict[str, Any] = {}
+        head = _record(context, options, "") | {"control_networks": networks, "warnings": warnings, "seconds": 0.0}
+        record = {**head, "methods": [subject.record() for subject in subjects]}
+        images_of = {question: context.images_of(question) for question in ("scores", "faithfulness")}
+        record |= comparison_parts(subjects, images_of, f"{options.on_rate:g}")
+        write_comparison(Comparison(record), rehearsal.folder / "comparison")
 
 
 def _load(model: Any) -> Classifier:

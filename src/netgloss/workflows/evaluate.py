@@ -23,13 +23,17 @@ from netgloss.evaluation.scores import subject_scores
 from netgloss.evaluation.subjects import Subject, per_concept_stability
 from netgloss.explainers.base import Explainer
 from netgloss.explanations import ExplanationOptions, explain_layer
+from netgloss.explanations.accumulators import accumulate_concepts
 from netgloss.processes import part
+from netgloss.progress import Silent
 from netgloss.report import write_report
 from netgloss.runs.run import Run
 from netgloss.training.execution import Execution
 from netgloss.workflows.annotate import annotate
 from netgloss.workflows.control_networks import add_untrained_network
 from netgloss.workflows.decode import decode
+from netgloss.workflows.rehearsal import IMAGES as REHEARSED
+from netgloss.workflows.rehearsal import Failed
 
 if TYPE_CHECKING:
     from netgloss.classifiers import Classifier
@@ -211,6 +215,7 @@ def _score(opened: _Opened) -> None:
             return
         warnings += _score_decoder(opened, explainers, layer, fit_images, heldout, images)
     else:
+        _try_explanations(explainers[0], layer, images)
         with opened.timed("evaluate"):
             evaluate_subjects(context, [subject])
             part(execution.fabric)
@@ -231,6 +236,26 @@ def _score(opened: _Opened) -> None:
         num_judged=len(images),
         judged_with=_options_record(options),
     )
+
+
+def _try_explanations(explainer: Explainer, layer: Layer, images: np.ndarray) -> None:
+    """Contributions of a few images, which come after all scores: a network without gradient must not fail there.
+
+    Raises
+    ------
+    UserError : they cannot be computed.
+    """
+    for count in REHEARSED:
+        try:
+            accumulate_concepts(explainer, layer, images[:count], gallery=1, progress=Silent())
+        except Exception as error:
+            failed = Failed("explanations", error)
+            if failed.final or count == REHEARSED[-1] or count >= len(images):
+                raise UserError(
+                    f"{failed.reason(layer.name)} [stage: explanations; found before the scores]"
+                ) from error
+        else:
+            return
 
 
 def _suspicious_logits(logits: np.ndarray, *, several: bool, least: int = 10) -> list[str]:

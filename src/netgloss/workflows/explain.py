@@ -28,6 +28,7 @@ from netgloss.training.inputs import upper_layers
 from netgloss.workflows.capture import capture_store
 from netgloss.workflows.evaluate import EvaluationOptions, evaluate, is_evaluated_with
 from netgloss.workflows.fit import fit
+from netgloss.workflows.rehearsal import FEW_EXPLANATIONS, Failed, Rehearsal, check_of, rehearse, unmatched_classes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,11 +43,14 @@ class ExplainOptions:
     Parameters
     ----------
     store : where the activations go (a folder or a URL); default ``activations.zarr`` in the run folder.
+    rehearsal : try every stage on four images first, so that what would end the run late ends it at once
+        (``workflows/rehearsal.py``). It changes no result.
     """
 
     store: str | Path | None = None
     capture: CaptureOptions = field(default_factory=CaptureOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    rehearsal: bool = True
 
 
 def explain(
@@ -101,8 +105,11 @@ def explain(
     out = Path(out)
     layers = [layer, *upper_layers(cls, config, classifier, layer)]
     place = place_of(options.store) if options.store is not None else out / "activations.zarr"
+    if not (out / "run.json").exists():
+        _before(method, config, classifier, layer, source, options, execution)
     started = time.perf_counter()
-    store = capture_store(classifier, source, layers, place, options=options.capture, device=execution)
+    check = check_of({method: config}, layer)
+    store = capture_store(classifier, source, layers, place, options=options.capture, check=check, device=execution)
     seconds = time.perf_counter() - started
     if store.problems:
         execution.shown.say(
@@ -119,6 +126,35 @@ def explain(
         run.update(status="complete")
         write_report(run)
     return run
+
+
+def _before(
+    method: str,
+    config: ExplainerConfig,
+    classifier: Classifier,
+    layer: str,
+    source: ImageSource,
+    options: ExplainOptions,
+    execution: Execution,
+) -> None:
+    """What can be known before the capture: class names, and whether every stage runs."""
+    note = unmatched_classes(classifier, source)
+    if note:
+        execution.shown.say(note)
+
+    def act(rehearsal: Rehearsal) -> dict[str, Failed]:
+        run = rehearsal.fit(method, config, "run")
+        with rehearsal.stage("evaluate"):
+            few = EvaluationOptions(untrained_images=0, explanations=FEW_EXPLANATIONS)
+            common: dict[str, Any] = {"store": rehearsal.store, "classifier": classifier, "device": rehearsal.execution}
+            evaluate(run, images=rehearsal.source, options=few, **common)
+        with rehearsal.stage("report"):
+            run.write_scores(run.scores[:1])  # a chart for each score takes most of a report's time
+            write_report(run)
+        return {}
+
+    if options.rehearsal and execution.fabric.world_size == 1:  # metrics would wait for the other processes
+        rehearse(classifier, layer, source, {method: config}, act, options=options.capture, execution=execution)
 
 
 def _config(method: str, cls: type[Explainer], fields: dict[str, Any]) -> ExplainerConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from netgloss.activations import Store
 from netgloss.activations.layer import split_store
 from netgloss.classifiers import imagenet_wnids, load_from_spec
 from netgloss.errors import UserError
-from netgloss.explainers.base import Explainer, ExplainerConfig
+from netgloss.explainers.base import Explainer, ExplainerConfig, LayerSpec
 from netgloss.explainers.names import find_explainer, method_name
 from netgloss.processes import first_then_others
 from netgloss.progress import Progress
@@ -65,19 +66,63 @@ def fit(
     """
     execution = Execution.of(device)
     fabric, progress = execution.fabric, execution.shown
+    if not (seed_list := list(range(seeds)) if isinstance(seeds, int) else list(seeds)):
+        raise UserError("at least one seed is needed")
+    ready = prepare_fit(method, store, layer, config=config, classifier=classifier, source=source, execution=execution)
+    manifest = {"command": execution.command, **ready.manifest, "seeds": seed_list}
+    run = first_then_others(fabric, lambda: Run.create(out, manifest), lambda: Run(out))
+    run.network = classifier
+    for seed in seed_list:
+        if not run.explainer_path(seed).exists():
+            if ready.cls.deterministic and seed != seed_list[0]:
+                if fabric.is_global_zero:
+                    run.save_explainer(run.explainer, seed)
+            elif ready.cls.learned or fabric.is_global_zero:
+                _fit_seed(run, ready.build(seed), ready.stream, seed, fabric, progress)
+        elif fabric.is_global_zero:
+            run.checkpoint(seed).remove()  # of a fit that was killed after its explainer was saved
+        fabric.barrier()
+    if fabric.is_global_zero:
+        run.update(status="fitted" if run.manifest["status"] == "started" else run.manifest["status"])
+    return run
+
+
+@dataclass(frozen=True)
+class PreparedFit:
+    """All that a fit needs, and what run.json records of it."""
+
+    cls: type[Explainer]
+    config: ExplainerConfig
+    stream: ActivationStream
+    spec: LayerSpec
+    manifest: dict[str, Any]
+
+    def build(self, seed: int) -> Explainer:
+        """The explainer with its initial values."""
+        return build_explainer(self.cls, self.config, self.spec, seed=seed)
+
+
+def prepare_fit(
+    method: str,
+    store: Store,
+    layer: str,
+    *,
+    config: ExplainerConfig | None,
+    classifier: Classifier | None,
+    source: ImageSource | None,
+    execution: Execution,
+) -> PreparedFit:
+    """Opens what :func:`fit` reads, and fills in the options that the data decides; the arguments are those of fit."""
     store.require_complete()
     cls = find_explainer(method)
     config = config or cls.Config()
-    seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not seed_list:
-        raise UserError("at least one seed is needed")
     fit_images, heldout = split_store(store)
     model = store.info.model
 
     def network() -> Classifier:
         if classifier is None and not model:
             raise UserError(f"{store.path} does not say which network it is of: give fit the classifier")
-        return (classifier or load_from_spec(model)).to(fabric.device)
+        return (classifier or load_from_spec(model)).to(execution.torch_device)
 
     stream = open_stream(cls, config, store, layer, fit_images, classifier=network, source=source)
     config = _settled(cls, config, stream, model, fit_images)
@@ -85,13 +130,11 @@ def fit(
     image = (shown["channels"], *shown["size"]) if shown else ()
     spec = stream.spec(num_classes=len(model.get("class_names", [])), image=image)
     manifest = {
-        "command": execution.command,
         "method": method_name(cls),
         "config": dataclasses.asdict(config),
         "model": model,
         "layer": layer,
         "layer_spec": dataclasses.asdict(spec),
-        "seeds": seed_list,
         "store": str(store.path),
         "store_address": store.key.address,
         "data": {
@@ -103,21 +146,7 @@ def fit(
             "unreadable": [{"id": i, "reason": r} for i, r in list(store.problems.items())[:200]],
         },
     }
-    run = first_then_others(fabric, lambda: Run.create(out, manifest), lambda: Run(out))
-    run.network = classifier
-    for seed in seed_list:
-        if not run.explainer_path(seed).exists():
-            if cls.deterministic and seed != seed_list[0]:
-                if fabric.is_global_zero:
-                    run.save_explainer(run.explainer, seed)
-            elif cls.learned or fabric.is_global_zero:
-                _fit_seed(run, build_explainer(cls, config, spec, seed=seed), stream, seed, fabric, progress)
-        elif fabric.is_global_zero:
-            run.checkpoint(seed).remove()  # of a fit that was killed after its explainer was saved
-        fabric.barrier()
-    if fabric.is_global_zero:
-        run.update(status="fitted" if run.manifest["status"] == "started" else run.manifest["status"])
-    return run
+    return PreparedFit(cls, config, stream, spec, manifest)
 
 
 def _settled(
