@@ -44,6 +44,7 @@ class Geometry:
 
 
 _MOST_PIXELS = 2**24  # of a network's input: more than any network takes, and it still fits in memory
+_LONGEST = 2**20  # side of an image to whose every pixel a filter has a weight of its own, up to 48 bytes each
 _SUPPORT = 3  # pixels on either side that Lanczos, the widest filter, reads
 
 
@@ -157,6 +158,8 @@ class Preprocessing:
             image = self._cropped_while_resized(image, rows, columns)
         elif self.resize is not None:
             size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
+            if isinstance(self.resize, tuple) and self.interpolation != "nearest":
+                image = _shortened(image, columns, rows)
             image = tvf.resize(image, size, interpolation=InterpolationMode(self.interpolation))
         return tvf.center_crop(_cropped(image, self.size), list(self.size))
 
@@ -253,6 +256,15 @@ class Preprocessing:
 
     def _is_identity(self, width: int, height: int) -> bool:
         return (height, width) == self.size == self._resized(width, height)
+
+
+def _shortened(image: Image, columns: int, rows: int) -> Image:
+    """Sides of millions of pixels averaged down before they are squashed: the weights of a filter would fill memory."""
+    factors = [
+        min(math.ceil(n / _LONGEST), max(n // resized, 1))
+        for n, resized in ((image.width, columns), (image.height, rows))
+    ]
+    return image if factors == [1, 1] else image.reduce((factors[0], factors[1]))
 
 
 def _cropped(image: Image, size: tuple[int, int]) -> Image:
