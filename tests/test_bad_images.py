@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import struct
+import tempfile
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from netgloss.data.images import UnreadableImage, image_size, list_files, open_image, open_mask
+from netgloss.data import images
+from netgloss.data.images import UnreadableImage, image_size, list_files, open_image, open_mask, remark
 from netgloss.data.sources import open_images
 from netgloss.errors import UserError
 
@@ -237,16 +241,142 @@ def test_threads_leave_the_process_warnings_alone() -> None:
     assert list(warnings.filters) == before
 
 
-def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+def test_links_are_followed_and_what_is_passed_over_is_named(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     for folder in (inside, outside, inside / ".hidden", inside / "sub"):
         folder.mkdir()
-    for file in (outside / "x.png", inside / ".h.png", inside / ".hidden" / "y.png", inside / "sub" / "z.png"):
+    for file in (outside / "x.png", inside / ".h.png", inside / "._z.png", inside / "sub" / "z.png"):
         file.write_bytes(b"")
     (inside / "leaves.png").symlink_to(outside / "x.png")
     (inside / "stays.png").symlink_to(inside / "sub" / "z.png")
     (inside / "folder").symlink_to(outside)
+    (inside / "again").symlink_to(inside / "sub")
+    (inside / "sub" / "loop").symlink_to(inside)
     (inside / "broken.png").symlink_to(inside / "nothing.png")
+    os.mkfifo(inside / "pipe.png")
     files, notes = list_files(inside)
-    assert files == ["stays.png", "sub/z.png"]
-    assert "3 links" in notes[0]
+    assert files == ["folder/x.png", "leaves.png", "stays.png", "sub/z.png"]
+    assert notes == [
+        "1 broken links passed over: broken.png",
+        "1 files of macOS (._NAME) passed over: ._z.png",
+        "1 files that are not regular (pipes, devices) passed over: pipe.png",
+        "1 hidden files passed over: .h.png",
+        "1 hidden folders passed over: .hidden",
+        "2 links to folders that are read already passed over: again, sub/loop",
+        f"2 links out of {inside} were followed: folder, leaves.png",
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_tangle_of_linked_folders_gives_each_file_once(data: st.DataObject) -> None:
+    """Folders that link to each other in any way: it ends, and every real file is found exactly once."""
+    number = data.draw(st.integers(1, 5))
+    pairs = st.tuples(st.integers(0, number - 1), st.integers(0, number - 1))
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) / "root"
+        root.mkdir()
+        stored = [(root if data.draw(st.booleans()) else Path(temporary)) / f"folder{i}" for i in range(number)]
+        for i, folder in enumerate(stored):
+            folder.mkdir()
+            (folder / f"{i}.PNG").write_bytes(b"")
+            (root / f"link{i}").symlink_to(folder)
+        for n, (i, j) in enumerate(data.draw(st.lists(pairs, max_size=12))):
+            (stored[i] / f"to{n}").symlink_to(stored[j])
+        files, _ = list_files(root)
+        assert sorted(file.rpartition("/")[2] for file in files) == [f"{i}.PNG" for i in range(number)]
+        source = open_images(root)
+        assert len(source.class_names) == number
+        assert sorted(source.targets.tolist()) == list(range(number))
+
+
+def test_every_file_is_read_or_named(tmp_path: Path) -> None:
+    for name in ("cat/É 1.PnG", "cat/b.JPG", "cat/c.jfif", "dog/d.TIF", "dog/e.mpo", "dog/f.pgm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    others = ("cat/x.tga", "cat/y.HEIC", "dog/._b.jpg", "dog/.DS_Store", "readme.txt", "noending")
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    source = open_images(tmp_path)
+    said = " | ".join(source.notes)
+    heic = not any("HEIC" in name for name in source.ids)  # read where its plug-in is installed
+    assert len(source) == 6 + (not heic)
+    assert all(name in said for name in others if heic or "HEIC" not in name)
+    assert "1 pictures of formats that are not read" in said
+    assert "2 files with other endings" in said
+    if heic:
+        assert "pip install pillow-heif" in said
+
+
+def test_a_folder_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "a.tga").write_bytes(b"")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"no images in .*not read .*a\.tga.*broken links passed over: gone\.png"):
+        open_images(tmp_path)
+
+
+# -- ranges, frames, sizes --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([8, 10, 12, 14, 16]),
+    kind=st.sampled_from(["PNG", "TIFF"]),
+    colour=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_values_are_scaled_by_the_bits_that_a_file_uses(bits: int, kind: str, colour: bool, seed: int) -> None:
+    white = 2**bits - 1
+    values = np.random.default_rng(seed).integers(0, white + 1, (3, 4, 3) if colour else (3, 4)).astype(np.uint16)
+    values.flat[0] = white
+    if colour:
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        data = png(4, 3, 16, 2, rows)
+    else:
+        data = encoded(Image.fromarray(values), kind)
+    image = open_image(io.BytesIO(data))
+    expected = values.astype(float) * 255 / white
+    found = np.asarray(image).astype(float)
+    assert np.abs(found - (expected if colour else expected[..., None])).max() <= (1 if bits == 16 else 0.5)
+    assert (remark(image) == "") == (bits == 16)
+    assert bits == 16 or f"values of {bits} bits" in remark(image)
+
+
+def test_the_range_that_a_file_states_is_believed() -> None:
+    dark = b"P5\n1 1\n65535\n" + struct.pack(">H", 1000)
+    assert pixel(dark) == (4, 4, 4)
+    assert remark(open_image(io.BytesIO(dark))) == ""
+
+
+def test_several_frames_are_said() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    for kind in ("GIF", "WEBP", "PNG", "TIFF", "AVIF"):
+        several = io.BytesIO(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+        assert remark(open_image(several)) == "the first of several frames or pages was read", kind
+        assert remark(open_image(io.BytesIO(encoded(frames[0], kind)))) == ""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "JPEG2000"]),
+    st.integers(1, 8),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_the_size_in_the_header_is_that_of_the_picture(kind: str, orientation: int, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = io.BytesIO(encoded(noise(size=size), kind, exif=exif))
+    assert image_size(data) == open_image(data).size
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["RGBA", "LA", "P", "CMYK", "L", "1", "I;16"]), st.integers(1, 30), st.integers(1, 30))
+def test_strips_change_nothing(mode: str, width: int, height: int) -> None:
+    """A large picture is converted part by part; the parts together are what the whole gives."""
+    values = np.random.default_rng(0).integers(0, 65536, (height, width)).astype(np.uint16)
+    image = Image.fromarray(values) if mode == "I;16" else noise("RGBA", (width, height)).convert(mode)
+    data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    whole = open_image(io.BytesIO(data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_STRIP", 7)
+        assert open_image(io.BytesIO(data)).tobytes() == whole.tobytes()

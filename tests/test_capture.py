@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from torch import nn
 
 from netgloss.activations import CaptureOptions, Store, capture
 from netgloss.activations.capture import sample_positions
+from netgloss.activations.layer import check_origin
 from netgloss.classifiers import load_classifier
 from netgloss.data import open_images
 from netgloss.errors import UserError
+from netgloss.progress import Silent
 
 
 class Small(nn.Module):
@@ -117,6 +120,53 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path) -> None:
     assert len(store.valid) == 10
     with pytest.raises(UserError, match=r"03\.png"):
         capture(load_classifier(Small()), source, ["conv"], tmp_path / "t", options=CaptureOptions(strict=True))
+
+
+def test_a_store_is_refused_once_its_pictures_changed_in_place(tmp_path: Path) -> None:
+    """Same names, same length, same time of the last change: still other pictures."""
+    folder = folder_with_flaws(tmp_path / "images")
+    make = lambda **given: capture(  # noqa: E731
+        load_classifier(Small()), open_images(folder), ["conv"], tmp_path / "s", options=CaptureOptions(**given)
+    )
+    store = make()
+    assert make().key == store.key
+    assert make(verify=True).key == store.key
+    file = folder / "cat" / "01.png"
+    before = os.stat(file)
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1  # in the compressed pixels or their checksum, far from the middle
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match=r"holds something else: images:"):
+        make()
+    with pytest.raises(UserError, match="are not the images"):
+        check_origin(Store.open(tmp_path / "s"), source=open_images(folder))
+
+
+def test_a_store_of_an_earlier_version_is_used_and_said_so(tmp_path: Path) -> None:
+    folder = folder_with_flaws(tmp_path / "images")
+    capture(load_classifier(Small()), open_images(folder), ["conv"], tmp_path / "s")
+    attributes = json.loads((tmp_path / "s" / "zarr.json").read_text())
+    stored = attributes["attributes"]
+    source = open_images(folder)
+    stored["key"]["data_fingerprint"] = source._hash(source._sample)
+    del stored["info"]["images"]["state"]
+    (tmp_path / "s" / "zarr.json").write_text(json.dumps(attributes))
+    said = Lines()
+    store = capture(load_classifier(Small()), source, ["conv"], tmp_path / "s", progress=said)
+    assert len(store.valid) == 10
+    assert "samples of the files" in said.lines[0]
+    check_origin(store, source=open_images(folder))
+
+
+class Lines(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
 
 
 def test_no_readable_image_is_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from netgloss.data import ArraySource, ImageSource, UnreadableImage, match_classes, open_images, split
+from netgloss.data.sources import FileSource, open_sources
 from netgloss.errors import UserError
 
 
@@ -50,7 +54,11 @@ def test_folder_of_classes(pets: Path) -> None:
     assert source.class_names == ["cat", "dog"]
     assert source.targets.tolist() == [0, 0, 0, 1, 1, 1]
     assert source.targets.dtype == np.int64
-    assert source.notes == ["class folders without images: bird"]
+    assert source.notes == [
+        "1 files with other endings passed over: notes.txt",
+        "1 hidden files passed over: cat/.hidden.png",
+        "class folders without images: bird",
+    ]
     assert source.description == "6 images of pets"
     assert source.image(4).getpixel((0, 0)) == (0, 0, 0)
     assert source.image(0).getpixel((0, 0)) == (120, 120, 120)
@@ -79,10 +87,10 @@ def test_what_is_missing_or_empty_is_one_line(pets: Path) -> None:
     with pytest.raises(UserError, match=r"no such file or folder: .*/pest; near it: pets"):
         open_images(pets.parent / "pest" / "dog")
     (pets.parent / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no images in .*/empty: looked for jpg, .* ppm, found no files at all"):
+    with pytest.raises(UserError, match=r"no images in .*/empty: looked for jpg, .* ppm, .*found no files at all"):
         open_images(pets.parent / "empty")
     (pets.parent / "empty/a.txt").write_text("")
-    with pytest.raises(UserError, match=r"found 1 other files such as a\.txt"):
+    with pytest.raises(UserError, match=r"found 1 files with other endings passed over: a\.txt"):
         open_images(pets.parent / "empty")
     with pytest.raises(UserError, match=r"neither a folder nor an \.npz file nor an image"):
         open_images(pets.parent / "empty/a.txt")
@@ -123,6 +131,93 @@ def test_fingerprint_is_of_the_pictures_not_of_the_place(pets: Path) -> None:
         assert open_images(other).fingerprint != first
 
 
+def formats_of(pixels: np.ndarray, kind: str, orientation: int) -> bytes:
+    """A picture as a file of a kind, with an EXIF orientation."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["PNG", "JPEG", "TIFF", "WEBP", "BMP"]),
+    megabytes=st.sampled_from([0, 0, 0, 5]),
+    where=st.floats(0, 1, exclude_max=True),
+    flip=st.integers(1, 255),
+    set_back=st.booleans(),
+    opened_before=st.booleans(),
+)
+def test_fingerprint_sees_every_change_in_place(
+    kind: str, megabytes: int, where: float, flip: int, set_back: bool, opened_before: bool
+) -> None:
+    """Any byte of any file, same length, and even with the time of its last change set back."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"a.{kind.lower()}"
+        pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 3), np.uint8)
+        file.write_bytes(formats_of(pixels, kind, 1) + bytes(megabytes << 20))
+        source, before = open_images(folder), os.stat(file)
+        first, state = source.fingerprint, source.known_state
+        with open(file, "r+b") as stream:
+            stream.seek(int(where * before.st_size))
+            old = stream.read(1)[0]
+            stream.seek(-1, os.SEEK_CUR)
+            stream.write(bytes([old ^ flip]))
+        if set_back:
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert os.stat(file).st_size == before.st_size
+        again = source if opened_before else open_images(folder)
+        again.recall(state, first)
+        assert again.fingerprint != first
+        assert not again.is_of(first)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_fingerprint_sees_the_orientation(kind: str, tmp_path: Path) -> None:
+    found = set()
+    for orientation in range(1, 9):
+        (tmp_path / "a.png").write_bytes(formats_of(np.zeros((8, 8, 3), np.uint8), kind, orientation))
+        found.add(open_images(tmp_path).fingerprint)
+    assert len(found) == 8
+
+
+def test_unchanged_files_are_not_read_again(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the files stands for their content, unless it is so new that a change could be missed."""
+    assert open_images(pets).known_state == ""
+    time.sleep(2.1)
+    source = open_images(pets)
+    first, state = source.fingerprint, source.known_state
+    assert len(state) == 64
+    read: list[int] = []
+    monkeypatch.setattr(FileSource, "_digest", lambda self, i: read.append(i) or b"x")
+    assert source.fingerprint == first
+    for other in (open_images(pets), open_images(pets).subset(range(6))):
+        other.recall(state, first)
+        assert other.is_of(first)
+    assert read == []
+    checked = open_sources(pets, verify=True)
+    checked.recall(state, first)
+    assert checked.fingerprint != first
+    assert sorted(read) == list(range(6))
+    os.utime(pets / "dog/b.png")
+    assert source.fingerprint != first
+
+
+def test_fingerprints_of_earlier_versions_still_count(pets: Path) -> None:
+    """Version 0.1.0 hashed the length and 4 KiB of each file; this is its fingerprint of these two files."""
+    (pets / "cat").rename(pets.parent / "cat")
+    for name, data in (("a.JPG", b"abc"), ("b.png", bytes(9000)), ("f.gif", b"")):
+        (pets / "dog" / name).write_bytes(data)
+    digest = hashlib.sha256(b"['dog']")
+    for name, data in (("a.JPG", b"3:abc"), ("b.png", b"9000:" + bytes(4096)), ("f.gif", b"0:")):
+        digest.update(f"\ndog/{name}\0{0}\0".encode() + hashlib.sha256(data).digest())
+    source = open_images(pets)
+    assert source.fingerprint != digest.hexdigest()
+    assert source.is_of(digest.hexdigest())
+    assert source.subset([0, 1, 2]).is_of(digest.hexdigest())
+    assert not source.subset([0, 1]).is_of(digest.hexdigest())
+
+
 def test_fingerprint_of_arrays_sees_each_byte_and_label() -> None:
     x = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
     first = ArraySource(x, np.arange(5)).fingerprint
@@ -160,8 +255,6 @@ def test_a_file_that_vanished_is_unreadable_and_changes_the_fingerprint(pets: Pa
 
 
 def test_many_files_are_fingerprinted_fast(tmp_path: Path) -> None:
-    import time
-
     data = os.urandom(5000)
     for i in range(2000):
         (tmp_path / f"{i}.jpg").write_bytes(data)

@@ -9,9 +9,11 @@ Shape letters: B images of a batch, C H W a layer's map, P sampled positions.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from netgloss.activations.key import StoreInfo, StoreKey, estimate_bytes, stored_shape
 from netgloss.activations.locations import is_taken, place_of, remove_leftovers
 from netgloss.activations.store import Store
-from netgloss.errors import UserError
+from netgloss.data.images import few, remark
+from netgloss.errors import UserError, one_line
 from netgloss.memory import Halving
 from netgloss.progress import Progress, Silent
 
@@ -56,6 +59,8 @@ class CaptureOptions:
     """Make an unreadable image an error instead of skipping and listing it."""
     seed: int = 0
     """Seed of the sampled positions."""
+    verify: bool = False
+    """Read every image file again before an existing store is used, even if no file seems to have changed."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "float32"):
@@ -126,23 +131,34 @@ def prepare_store(
     if len(source) == 0:
         raise UserError(f"there are no images in {source.description}")
     layers = [classifier.check_layer(name) for name in dict.fromkeys(layers)]
-    key = store_key(classifier, source, layers, options)
+    source.verify |= options.verify
     out = place_of(out)
     if world == 1 and isinstance(out, Path):
         remove_leftovers(out.parent, out.name)
     if is_taken(out) if isinstance(out, Path) else Store.exists(out):
+        known = Store.open(out)
+        same = known.is_of(source)  # before the key, which reads all files otherwise
+        key = store_key(classifier, source, layers, options)
+        if same and known.key.data_fingerprint != key.data_fingerprint:
+            progress.say(
+                f"{out} was captured by an earlier version, which looked at samples of the files only: if images were "
+                "edited since, capture them again"
+            )
+            key = dataclasses.replace(key, data_fingerprint=known.key.data_fingerprint)
         store = Store.open(out, expect=key)
         if world == 1 and store.pending:
             store.remove_leftovers()
         return store
+    key = store_key(classifier, source, layers, options)
     shapes, num_classes = _probe(classifier, layers)
     size = estimate_bytes(shapes, len(source), dtype=options.dtype, positions=options.positions)
     shown = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
     progress.say(f"{len(source)} images, {shown}: up to {size / 1e6:,.0f} MB before compression")
+    info = info or origin(classifier, source)
     return Store.create(
         out,
         key=key,
-        info=info or origin(classifier, source),
+        info=dataclasses.replace(info, images={**info.images, "state": source.known_state}),
         shapes=shapes,
         ids=source.ids,
         targets=source.targets,
@@ -227,7 +243,8 @@ def _capture_chunks(
     total = len(store)
     todo = sum(len(range(total)[store.chunk_slice(c)]) for c in pending)
     progress.start("capture", total, unit="images", done=total - todo)
-    loader = _chunk_batches(store, classifier, source, pending, options)
+    remarks: dict[str, str] = {}
+    loader = _chunk_batches(store, classifier, source, pending, options, remarks)
     skipped = 0
     halving = Halving(options.batch_size)
     last: Future[None] | None = None
@@ -257,6 +274,8 @@ def _capture_chunks(
         if last is not None:
             last.result()
     progress.finish()
+    for line in odd_images(remarks):
+        progress.say(f"note: {line}")
 
 
 def _forward(
@@ -349,8 +368,10 @@ def sample_positions(image_id: str, num_positions: int, count: int, *, seed: int
     return np.sort(generator.choice(num_positions, size=count, replace=False))
 
 
-class PreparedImages(Dataset[tuple[Tensor, str]]):
-    """Images of a source, resized and cropped, as bytes; an unreadable one gives a blank and the reason."""
+class PreparedImages(Dataset[tuple[Tensor, str, str]]):
+    """Images of a source, resized and cropped, as bytes, with why one is unreadable (it gives a blank) and what is odd
+    about it.
+    """
 
     def __init__(self, source: ImageSource, preprocessing: Any, indices: Sequence[int], blank: Sequence[int]) -> None:
         self.source, self.preprocessing, self.indices, self.blank = source, preprocessing, indices, tuple(blank)
@@ -358,17 +379,34 @@ class PreparedImages(Dataset[tuple[Tensor, str]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, str]:
+    def __getitem__(self, item: int) -> tuple[Tensor, str, str]:
         try:
-            return self.preprocessing.bytes(self.source.image(self.indices[item])), ""
+            image = self.source.image(self.indices[item])
+            return self.preprocessing.bytes(image), "", remark(image)
         except UserError as error:
-            return torch.zeros(self.blank, dtype=torch.uint8), str(error) or "unreadable"
+            reason = str(error) or "unreadable"
+        except MemoryError:
+            reason = f"unreadable image {one_line(self.source.ids[self.indices[item]])}: it does not fit in memory"
+        return torch.zeros(self.blank, dtype=torch.uint8), reason, ""
 
 
-def _stack(items: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+def _stack(items: list[tuple[Tensor, str, str]]) -> tuple[Tensor, list[str], list[str]]:
     """Batch (B, C, H, W) in channels-last memory, as the images have it: nothing is rearranged."""
-    images_BHWC = torch.stack([image.permute(1, 2, 0) for image, _ in items])
-    return images_BHWC.permute(0, 3, 1, 2), [reason for _, reason in items]
+    images_BHWC = torch.stack([image.permute(1, 2, 0) for image, _, _ in items])
+    return images_BHWC.permute(0, 3, 1, 2), [reason for _, reason, _ in items], [odd for _, _, odd in items]
+
+
+def odd_images(remarks: dict[str, str]) -> list[str]:
+    """One line for each thing that was odd about images, with how many and which.
+
+    Parameters
+    ----------
+    remarks : id of an image -> what is odd about it.
+    """
+    by_remark: dict[str, list[str]] = defaultdict(list)
+    for image_id, text in remarks.items():
+        by_remark[text].append(one_line(image_id))
+    return [f"{len(ids)} image{'s' * (len(ids) > 1)}: {text} ({few(ids)})" for text, ids in sorted(by_remark.items())]
 
 
 class _BatchList:
@@ -385,7 +423,12 @@ class _BatchList:
 
 
 def _chunk_batches(
-    store: Store, classifier: Classifier, source: ImageSource, pending: Sequence[int], options: CaptureOptions
+    store: Store,
+    classifier: Classifier,
+    source: ImageSource,
+    pending: Sequence[int],
+    options: CaptureOptions,
+    remarks: dict[str, str],
 ) -> Iterator[tuple[Tensor, list[str]]]:
     indices: list[int] = []
     batches: list[list[int]] = []
@@ -395,7 +438,7 @@ def _chunk_batches(
             part = images[start : start + options.batch_size]
             batches.append(list(range(len(indices), len(indices) + len(part))))
             indices.extend(part)
-    return image_batches(classifier, source, indices, batches=batches, workers=options.workers)
+    return image_batches(classifier, source, indices, batches=batches, workers=options.workers, remarks=remarks)
 
 
 def image_batches(
@@ -406,9 +449,11 @@ def image_batches(
     batch_size: int = 32,
     batches: list[list[int]] | None = None,
     workers: int | None = None,
+    remarks: dict[str, str] | None = None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Network inputs (B, channels, height, width) on the classifier's device, in channels-last memory, with the reason
-    of each unreadable image, in order. Images travel as bytes and are normalised a batch at a time.
+    of each unreadable image, in order. Images travel as bytes and are normalised a batch at a time. ``remarks``
+    receives what is odd about an image, by its id.
     """
     dataset = PreparedImages(source, classifier.preprocessing, indices, classifier.input_shape)
     if batches is None:
@@ -424,6 +469,8 @@ def image_batches(
         pin_memory=classifier.device.type == "cuda",
         persistent_workers=False,
     )
-    for pixels, reasons in loader:
+    for batch, (pixels, reasons, odd) in zip(batches, loader, strict=True):
+        if remarks is not None:
+            remarks |= {source.ids[indices[i]]: text for i, text in zip(batch, odd, strict=True) if text}
         pixels = pixels.to(classifier.device, non_blocking=True)
         yield classifier.preprocessing.batch(pixels), reasons

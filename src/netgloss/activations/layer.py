@@ -16,6 +16,7 @@ from torch import Tensor
 
 from netgloss.activations.capture import image_batches
 from netgloss.activations.store import Store
+from netgloss.class_names import match_classes
 from netgloss.classifiers import Tail, Taps
 from netgloss.errors import UserError
 
@@ -115,14 +116,12 @@ def check_origin(store: Store, *, classifier: Classifier | None = None, source: 
     """
     if classifier is not None and classifier.weights_hash != store.key.weights_hash:
         raise UserError(f"the classifier {classifier.name!r} is not the one whose activations {store.path} holds")
-    if source is not None and source.fingerprint != store.key.data_fingerprint:
+    if source is not None and not store.is_of(source):
         raise UserError(f"{source.description} are not the images whose activations {store.path} holds")
 
 
 def class_labels(store: Store, class_names: Sequence[str], wnids: Sequence[str] | None) -> np.ndarray:
     """(N,) class index of the classifier for every image of a store, -1 where it is unknown."""
-    from netgloss.data import match_classes
-
     names = list(store.info.class_names)
     if not names:
         return np.full(len(store), -1)

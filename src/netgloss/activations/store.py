@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -33,6 +33,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from netgloss.activations.key import StoreInfo, StoreKey, estimate_bytes, stored_shape
 from netgloss.activations.locations import Place, is_taken, open_group, place_of, writing_to
 from netgloss.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from netgloss.data import ImageSource
 
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 8 << 20  # aim of one chunk of the largest layer, before compression
@@ -252,6 +255,14 @@ class Store:
     def valid(self) -> np.ndarray:
         """Indices of the images that were read."""
         return np.flatnonzero(self._whole("problems") == "")
+
+    def is_of(self, source: ImageSource) -> bool:
+        """Whether the store holds the activations of these images, by what their files hold now.
+
+        Files whose sizes, times and inodes are those of the capture are not read again (unless ``source.verify``).
+        """
+        source.recall(str(self.info.images.get("state", "")), self.key.data_fingerprint)
+        return source.is_of(self.key.data_fingerprint)
 
     def check_layer(self, layer: str) -> str:
         """``layer`` if it is stored, else a UserError with the nearest names."""

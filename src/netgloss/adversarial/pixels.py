@@ -6,7 +6,6 @@ Shape letters: N images.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from netgloss.activations.capture import PreparedImages
-from netgloss.data import match_classes
+from netgloss.class_names import compare_classes
 from netgloss.errors import UserError
 from netgloss.metrics.consistency.units import stratified
 from netgloss.progress import Progress, Silent
@@ -120,7 +119,7 @@ def load_pixels(
     problems: dict[str, str] = {}
     progress.start("read", len(chosen), unit="images")
     for i in range(len(chosen)):
-        image, reason = data[i]
+        image, reason, _ = data[i]
         if reason:
             problems[source.ids[int(chosen[i])]] = reason
         else:
@@ -146,12 +145,12 @@ def _numbered(
     names = [source.class_names[c] for c in present.tolist()]
     if len(names) < 2:
         raise UserError(f"at least two classes are needed, {source.description} has {len(names)}")
-    of_net = torch.from_numpy(match_classes(names, classifier.class_names, classifier.wnids))
-    missing = [name for name, c in zip(names, of_net.tolist(), strict=True) if c < 0]
-    if missing:
+    match = compare_classes(names, classifier.class_names, classifier.wnids)
+    of_net = torch.from_numpy(match.index)
+    if match.missing:
         raise UserError(
-            f"{len(missing)} of {len(names)} classes of {source.description} are none of {classifier.name}: "
-            f"{_few(missing)}; give both the same names (--class-names)"
+            f"{len(match.missing)} of {len(names)} classes of {source.description} are none of {classifier.name}: "
+            f"{match.listed}; give both the same names (--class-names)"
         )
     if len(of_net.unique()) < len(of_net):
         raise UserError(f"several classes of {source.description} are the same class of {classifier.name}")
@@ -168,7 +167,3 @@ def _each(number: int, classes: int) -> int:
     if number < classes:
         raise UserError(f"{number} images are too few for {classes} classes")
     return number // classes
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (" ..." if len(names) > 5 else "")

@@ -11,6 +11,7 @@ Shape letters: B images, C channels, H and W the network's input.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netgloss.class_names import class_list
 from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
 from netgloss.classifiers.heads import with_logits
 from netgloss.classifiers.layouts import KINDS, Layout, corner_images, find_layout, keep_layout
@@ -50,7 +52,7 @@ class Classifier:
         *,
         name: str,
         preprocessing: Preprocessing,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[Any, Any] | None = None,
         checkpoint: str | None = None,
         imagenet: str | None = None,
         origin: Mapping[str, Any] | None = None,
@@ -65,6 +67,7 @@ class Classifier:
         self.layout, self.prefix_tokens = "auto", None  # type: tuple[str, int | None]
         blank = torch.zeros(2, *self.input_shape, device=self.device)
         self.net, count = with_logits(self.net, blank, name)
+        class_names = None if class_names is None else class_list(class_names)
         if class_names is not None and len(class_names) == 1 and count == 2:
             class_names = [f"not {class_names[0]}", class_names[0]]
         if class_names is not None and len(class_names) != count:
@@ -192,13 +195,20 @@ def imagenet_wnids(imagenet: str | None) -> list[str] | None:
         raise UserError(f"timm knows no ImageNet set {imagenet!r}") from error
 
 
+def imagenet_names(imagenet: str) -> list[str]:
+    """The description of each class of one of timm's ImageNet sets."""
+    from timm.data import ImageNetInfo
+
+    return list(ImageNetInfo(imagenet).label_descriptions())
+
+
 def load_classifier(
     name_or_module: str | nn.Module,
     *,
     checkpoint: str | Path | None = None,
     random_weights: bool = False,
     num_classes: int | None = None,
-    class_names: Sequence[str] | str | Path | None = None,
+    class_names: Sequence[str] | Mapping[Any, Any] | str | Path | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     input_size: int | tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
@@ -215,7 +225,8 @@ def load_classifier(
         then.
     random_weights : draw the weights with ``seed`` instead; nothing is downloaded either.
     num_classes : handed to timm, torchvision or the factory.
-    class_names : the names, or a text file with one per line.
+    class_names : the names in order, a dict {index: name} or {name: index} in any order, a text file with one per line,
+        a .json file of such a list or dict, or ``"imagenet"`` (names and WordNet ids of ImageNet-1k).
     preprocessing : the whole description, or a mapping that changes fields of the network's own. Modules and
         factories say theirs in an attribute ``preprocessing_spec`` (a dict of its fields), and their classes in
         ``class_names``.
@@ -253,7 +264,11 @@ def load_classifier(
         load_weights(net, state, source=checkpoint)
     elif random_weights and not built.seeded:
         net = reinitialised(net, seed=seed)
-    names = _read_names(class_names) if isinstance(class_names, (str, Path)) else class_names
+    imagenet = str(class_names) == "imagenet" and not Path("imagenet").exists()
+    if imagenet:
+        names: Any = imagenet_names("imagenet-1k")
+    else:
+        names = _read_names(class_names) if isinstance(class_names, (str, Path)) else class_names
     checkpoint = None if checkpoint is None else str(Path(checkpoint).resolve())
     return Classifier(
         net,
@@ -261,7 +276,7 @@ def load_classifier(
         preprocessing=_preprocessing(built, changes),
         class_names=built.class_names if names is None else names,
         checkpoint=checkpoint,
-        imagenet=built.imagenet if names is None else None,
+        imagenet="imagenet-1k" if imagenet else built.imagenet if names is None else None,
         origin={
             "name": built.origin,
             "checkpoint": checkpoint,
@@ -376,6 +391,11 @@ def _preprocessing(built: Built, changes: Mapping[str, Any]) -> Preprocessing:
 
 
 def _read_names(path: str | Path) -> list[str]:
+    if Path(path).suffix.lower() == ".json" and Path(path).is_file():
+        try:
+            return class_list(json.loads(Path(path).read_bytes()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"class names {path} cannot be read as a JSON list or dict ({error})") from error
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise OSError("it is not a regular file")

@@ -44,6 +44,8 @@ class Geometry:
 
 
 _MOST_PIXELS = 2**24  # of a network's input: more than any network takes, and it still fits in memory
+_LONGEST = 2**20  # side of an image to whose every pixel a filter has a weight of its own, up to 48 bytes each
+_SUPPORT = 3  # pixels on either side that Lanczos, the widest filter, reads
 
 
 @dataclass(frozen=True)
@@ -142,15 +144,24 @@ class Preprocessing:
             image = pil.fromarray(image[:, :, 0] if image.ndim == 3 and shape[2] == 1 else image)
         if image.mode != mode:
             image = image.convert(mode)
-        if not self._is_identity(*image.size):
-            import torchvision.transforms.v2.functional as tvf
-            from torchvision.transforms import InterpolationMode
+        return _channels_first(np.asarray(self._fitted(image)))
 
-            if self.resize is not None:
-                size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
-                image = tvf.resize(image, size, interpolation=InterpolationMode(self.interpolation))
-            image = tvf.center_crop(image, list(self.size))
-        return _channels_first(np.asarray(image))
+    def _fitted(self, image: Image) -> Image:
+        """Resized and cropped to the input's size."""
+        if self._is_identity(*image.size):
+            return image
+        import torchvision.transforms.v2.functional as tvf
+        from torchvision.transforms import InterpolationMode
+
+        rows, columns = self._resized(*image.size)
+        if self.resize is not None and rows * columns > _MOST_PIXELS:
+            image = self._cropped_while_resized(image, rows, columns)
+        elif self.resize is not None:
+            size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
+            if isinstance(self.resize, tuple) and self.interpolation != "nearest":
+                image = _shortened(image, columns, rows)
+            image = tvf.resize(image, size, interpolation=InterpolationMode(self.interpolation))
+        return tvf.center_crop(_cropped(image, self.size), list(self.size))
 
     def batch(self, pixels: Tensor) -> Tensor:
         """The network's input (B, C, H, W), float32, of a batch of :meth:`bytes`, on their device and in their memory
@@ -222,8 +233,49 @@ class Preprocessing:
         longer = int(self.resize * long / short)
         return (longer, self.resize) if width <= height else (self.resize, longer)
 
+    def _cropped_while_resized(self, image: Image, rows: int, columns: int) -> Image:
+        """The centre of the resized image without the rest of it, which may be too large for memory.
+
+        Pillow computes each pixel from the same pixels of the image as in a full resize; values differ by rounding.
+        """
+        from PIL.Image import Resampling
+
+        source: list[int] = []
+        inner: list[float] = []
+        for n, resized, m in zip(image.size, (columns, rows), self.size[::-1], strict=True):
+            left, wide = _kept(resized, m)
+            first, last = left * n / resized, (left + wide) * n / resized
+            margin = math.ceil(_SUPPORT * max(1.0, n / resized)) + 2
+            low, high = max(math.floor(first) - margin, 0), min(math.ceil(last) + margin, n)
+            source += [low, high]
+            inner += [first - low, last - low]
+        part = image.crop((source[0], source[2], source[1], source[3]))
+        size = _kept(columns, self.size[1])[1], _kept(rows, self.size[0])[1]
+        box = (inner[0], inner[2], inner[1], inner[3])
+        return part.resize(size, Resampling[self.interpolation.upper()], box=box)
+
     def _is_identity(self, width: int, height: int) -> bool:
         return (height, width) == self.size == self._resized(width, height)
+
+
+def _shortened(image: Image, columns: int, rows: int) -> Image:
+    """Sides of millions of pixels averaged down before they are squashed: the weights of a filter would fill memory."""
+    factors = [
+        min(math.ceil(n / _LONGEST), max(n // resized, 1))
+        for n, resized in ((image.width, columns), (image.height, rows))
+    ]
+    return image if factors == [1, 1] else image.reduce((factors[0], factors[1]))
+
+
+def _cropped(image: Image, size: tuple[int, int]) -> Image:
+    """What ``center_crop`` keeps of an image, without the border that it adds: it adds it before it crops."""
+    (left, wide), (top, high) = _kept(image.width, size[1]), _kept(image.height, size[0])
+    return image.crop((left, top, left + wide, top + high))
+
+
+def _kept(image: int, crop: int) -> tuple[int, int]:
+    """First and number of the pixels that ``center_crop`` keeps along an axis."""
+    return (0, image) if image <= crop else (-_crop_offset(image, crop), crop)
 
 
 def _crop_offset(image: int, crop: int) -> int:

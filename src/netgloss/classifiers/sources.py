@@ -14,7 +14,7 @@ import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Built:
     name: str
     origin: str
     preprocessing: Preprocessing | None = None
-    class_names: Sequence[str] | None = None
+    class_names: Sequence[str] | Mapping[Any, Any] | None = None
     imagenet: str | None = None
     seeded: bool = False
     """True if its random weights came from the seed already."""

@@ -25,7 +25,7 @@ class Model:
     random_weights: bool = False
     """Use random weights instead of the published pretrained ones (which are downloaded if there is no checkpoint)."""
     class_names: Path | None = None
-    """Text file with one class name a line."""
+    """Text file with one class name a line, a .json list or dict, or imagenet (the 1,000 classes of ImageNet)."""
     num_classes: int | None = None
     """Number of classes, where the architecture takes one and the checkpoint has another than its default."""
     input_size: int | None = None

@@ -120,6 +120,8 @@ class Fit:
     """The images of the store again, for methods that learn from them."""
     eval_images: str | None = None
     """Those of --eval-images again, if the store was captured with it."""
+    verify: bool = False
+    """Read every image file again to compare it with the store, even if no file seems to have changed."""
 
     def run(self, method: str, config: Any) -> None:
         from netgloss.activations import Store
@@ -138,7 +140,7 @@ class Fit:
                 config=config,
                 seeds=self.seeds,
                 device=execution,
-                source=open_sources(self.images, self.eval_images) if self.images else None,
+                source=(open_sources(self.images, self.eval_images, verify=self.verify) if self.images else None),
             )
         if execution.leads:
             console().print(f"fitted; next: netgloss evaluate {run.path} --images ...")
@@ -226,6 +228,8 @@ class Explain:
     """Processes that decode images ahead."""
     strict: bool = False
     """Make an unreadable image an error instead of skipping and listing it."""
+    verify: bool = False
+    """Read every image file again before an existing store is used, even if no file seems to have changed."""
     untrained_images: int = 256
     """Images for the untrained-network control; 0 leaves it out."""
     rehearsal: bool = True
@@ -252,7 +256,9 @@ class Explain:
                 device=execution,
                 options=ExplainOptions(
                     store=self.store,
-                    capture=CaptureOptions(dtype=self.dtype, workers=self.workers, strict=self.strict),
+                    capture=CaptureOptions(
+                        dtype=self.dtype, workers=self.workers, strict=self.strict, verify=self.verify
+                    ),
                     evaluation=EvaluationOptions(untrained_images=self.untrained_images),
                     rehearsal=self.rehearsal,
                 ),

@@ -9,7 +9,7 @@ import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from netgloss.class_names import class_list
 from netgloss.data.base import ImageSource
 from netgloss.data.images import printable
 from netgloss.errors import UserError
@@ -45,7 +46,7 @@ class ArraySource(ImageSource):
     images : (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; uint8, or floats in [0, 1] (kept as 8 bits). Where
         both orders are possible, tensors are read channels first and arrays channels last.
     targets : (N,) class indices, -1 unknown.
-    class_names : default ``class 0``, ``class 1``, ...
+    class_names : names in order, or a dict {index: name} or {name: index}; default ``class 0``, ``class 1``, ...
 
     Raises
     ------
@@ -56,12 +57,13 @@ class ArraySource(ImageSource):
         self,
         images: NDArray[Any] | Tensor,
         targets: Any = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[Any, Any] | None = None,
         *,
         description: str = "array",
     ) -> None:
         self.pixels = _pixels(images)
         n = len(self.pixels)
+        class_names = None if class_names is None else class_list(class_names)
         if targets is not None:
             targets = np.asarray(targets)
             if targets.size != n or targets.dtype.kind not in "iu":
@@ -77,7 +79,7 @@ class ArraySource(ImageSource):
         super().__init__(
             [f"{i:06d}" for i in range(n)],
             description=f"{n} images of {description}",
-            class_names=list(map(str, class_names or ())),
+            class_names=list(class_names or ()),
             targets=targets,
         )
         self.decodes = False

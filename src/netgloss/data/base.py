@@ -1,7 +1,8 @@
 """The contract of every image source: pictures by number, with ids, targets, annotations and a fingerprint.
 
-A fingerprint depends on what the pictures are and not on where they lie. Sources hold no open files and can be pickled
-for data-loading processes.
+A fingerprint depends on what the pictures are and not on where they lie: files are read whole for it. As that costs the
+reading of all of them, the source takes the fingerprint again only if a file's size, times or inode changed (its
+``state``, which a store keeps too). Sources hold no open files and can be pickled for data-loading processes.
 
 Shape letters: N images, w and h pixels.
 """
@@ -9,9 +10,10 @@ Shape letters: N images, w and h pixels.
 from __future__ import annotations
 
 import hashlib
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,11 +21,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from netgloss.data.annotations import ImageAnnotation
-from netgloss.data.images import printable
+from netgloss.data.images import FileState, printable
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
     from netgloss.data.annotation_files import Annotations
+
+_CLOCK = 2_000_000_000
+"""Nanoseconds within which two changes of a file may get the same time (the coarsest clock of a file system)."""
+_READERS = 8
 
 
 class ImageSource(ABC):
@@ -37,6 +43,7 @@ class ImageSource(ABC):
     description : the source in a few words.
     notes : what was passed over or looks odd.
     annotations : what ``annotation`` reads, or None.
+    verify : read every file again before a store is used, even if no file's size, times or inode changed.
     decodes : whether ``image`` takes real work, so that processes that read ahead pay.
     """
 
@@ -57,6 +64,8 @@ class ImageSource(ABC):
         self.notes = list(notes)
         self.annotations: Annotations | None = None
         self.decodes = True
+        self.verify = False
+        self._seen: tuple[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,13 +103,66 @@ class ImageSource(ABC):
             raise UserError(f"the annotation of {name} is for {w} x {h} pixels, the image has {size[0]} x {size[1]}")
         return annotation
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over ids, targets, class names and the pictures' digests."""
-        digest = hashlib.sha256(repr(self.class_names).encode())
+    def _sample(self, i: int) -> bytes:
+        """What versions up to 0.1.0 took for the digest of picture ``i``."""
+        return self._digest(i)
+
+    def _file_state(self, i: int) -> FileState | None:
+        """The state of the file of picture ``i``; None if it is no file by itself."""
+        return None
+
+    @property
+    def state(self) -> str:
+        """sha256 over the files' sizes, times and inodes: as long as it stays, so does the fingerprint.
+
+        "" if that cannot be said: pictures that are no files, or a file that changed so lately that another change
+        could get the same time.
+        """
+        digest, newest = hashlib.sha256(repr(self.class_names).encode()), 0
         for i, (image_id, target) in enumerate(zip(self.ids, self.targets.tolist(), strict=True)):
-            digest.update(f"\n{image_id}\0{target}\0".encode())
-            digest.update(hashlib.sha256(self._digest(i)).digest())
+            file = self._file_state(i)
+            if file is None:
+                return ""
+            newest = max(newest, file[1], file[2])
+            digest.update(f"\n{image_id}\0{target}\0{file}".encode())
+        return digest.hexdigest() if newest < time.time_ns() - _CLOCK else ""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over ids, targets, class names and the pictures' contents."""
+        return self._state_and_fingerprint()[1]
+
+    @property
+    def known_state(self) -> str:
+        """The ``state`` that the files had when the fingerprint was taken."""
+        return self._state_and_fingerprint()[0]
+
+    def _state_and_fingerprint(self) -> tuple[str, str]:
+        state = self.state
+        if self._seen is None or ((self._seen[0] != state or not state) and self._has_files()):
+            self._seen = (state, self._hash(self._digest))
+        return self._seen
+
+    def _has_files(self) -> bool:
+        return any(self._file_state(i) is not None for i in range(len(self)))
+
+    def recall(self, state: str, fingerprint: str) -> None:
+        """Take ``fingerprint`` as the one of the pictures if their files are still in that ``state``."""
+        if state and self._seen is None and not self.verify:
+            self._seen = (state, fingerprint)
+
+    def is_of(self, fingerprint: str) -> bool:
+        """Whether ``fingerprint`` is of these pictures, be it one that version 0.1.0 made from samples of the files."""
+        return fingerprint == self.fingerprint or fingerprint == self._hash(self._sample)
+
+    def _hash(self, digest_of: Callable[[int], bytes]) -> str:
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        in_threads = len(self) > 0 and self._file_state(0) is not None
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = (pool.map if in_threads else map)(digest_of, range(len(self)))
+            for image_id, target, part in zip(self.ids, self.targets.tolist(), parts, strict=True):
+                digest.update(f"\n{image_id}\0{target}\0".encode())
+                digest.update(hashlib.sha256(part).digest())
         return digest.hexdigest()
 
     def subset(self, indices: Iterable[int]) -> ImageSource:
@@ -132,6 +194,12 @@ class Subset(ImageSource):
 
     def _digest(self, i: int) -> bytes:
         return self.source._digest(self.indices[i])
+
+    def _sample(self, i: int) -> bytes:
+        return self.source._sample(self.indices[i])
+
+    def _file_state(self, i: int) -> FileState | None:
+        return self.source._file_state(self.indices[i])
 
 
 class Joined(ImageSource):
@@ -176,3 +244,11 @@ class Joined(ImageSource):
     def _digest(self, i: int) -> bytes:
         source, own = self._find(i)
         return source._digest(own)
+
+    def _sample(self, i: int) -> bytes:
+        source, own = self._find(i)
+        return source._sample(own)
+
+    def _file_state(self, i: int) -> FileState | None:
+        source, own = self._find(i)
+        return source._file_state(own)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from netgloss.class_names import class_list
 from netgloss.data.annotations import ImageAnnotation
 from netgloss.data.base import ImageSource
-from netgloss.data.images import UnreadableImage, as_unreadable, missing, open_image, printable, sample_bytes
+from netgloss.data.images import (
+    FileState,
+    UnreadableImage,
+    as_unreadable,
+    content_digest,
+    file_state,
+    missing,
+    open_image,
+    printable,
+    sample_bytes,
+)
 from netgloss.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -43,11 +55,11 @@ class TimmSource(ImageSource):
             names, index = [], getattr(dataset, "class_to_idx", {})
         ids = names if len(set(names)) == n else [f"{i:06d}" for i in range(n)]
         targets = np.array(_timm_targets(dataset, self._reader), np.int64)
-        by_index = {i: str(name) for name, i in index.items()}
+        known = class_list(index)
         super().__init__(
             ids,
             description=f"{n} images of {description}",
-            class_names=[by_index.get(i, f"class {i}") for i in range(max([*by_index, *targets.tolist(), -1]) + 1)],
+            class_names=known + [f"class {i}" for i in range(len(known), max([*targets.tolist(), -1]) + 1)],
             targets=targets,
         )
 
@@ -59,14 +71,31 @@ class TimmSource(ImageSource):
                 return open_image(file, name=self.ids[i])
 
     def _digest(self, i: int) -> bytes:
+        return self._read(i, content_digest)
+
+    def _sample(self, i: int) -> bytes:
+        return self._read(i, sample_bytes)
+
+    def _read(self, i: int, read: Callable[[BinaryIO], bytes]) -> bytes:
         try:
             if self._reader is None:
                 image = self.image(i)
                 return repr(image.size).encode() + image.tobytes()
             with self._reader[i][0] as file:
-                return sample_bytes(file)
+                return read(file)
         except (OSError, UnreadableImage):
             return b"unreadable"
+
+    def _file_state(self, i: int) -> FileState | None:
+        if self._reader is None:
+            return None
+        try:
+            with self._reader[i][0] as file:
+                return file_state(file.fileno())
+        except FileNotFoundError:
+            return 0, 0, 0, 0
+        except (OSError, AttributeError):  # a member of an archive
+            return None
 
 
 class CrittersSource(ImageSource):

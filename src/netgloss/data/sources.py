@@ -7,9 +7,9 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,19 @@ from torch import Tensor
 from netgloss.data.annotations import open_annotations
 from netgloss.data.arrays import ArraySource, open_npz
 from netgloss.data.base import ImageSource
-from netgloss.data.images import image_size, list_files, missing, open_image, printable, sample_bytes
+from netgloss.data.images import (
+    EXTENSIONS,
+    FileState,
+    content_digest,
+    file_state,
+    image_size,
+    list_files,
+    missing,
+    open_image,
+    pictures_of,
+    printable,
+    sample_bytes,
+)
 from netgloss.data.named import CrittersSource, open_critters, open_timm
 from netgloss.errors import UserError
 
@@ -27,7 +39,6 @@ if TYPE_CHECKING:
     from netgloss.data.annotation_files import Annotations
     from netgloss.data.critters import Critters
 
-EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "masks"}
 
 __all__ = [
@@ -35,7 +46,6 @@ __all__ = [
     "ArraySource",
     "FileSource",
     "ImageSource",
-    "match_classes",
     "open_images",
     "split",
     "split_ids",
@@ -55,11 +65,11 @@ class FileSource(ImageSource):
     def __init__(
         self, root: Path, files: Sequence[str], *, labelled: bool, description: str, notes: Iterable[str] = ()
     ) -> None:
-        ids = [os.fsencode(file).decode("utf-8", "backslashreplace") for file in files]  # names need not be UTF-8
-        classes = [name.split("/")[0] if labelled and "/" in name else None for name in ids]
+        classes = [_text(file.split("/")[0]) if labelled and "/" in file else None for file in files]
         names = sorted({name for name in classes if name is not None})
         index = {name: i for i, name in enumerate(names)}
         targets = np.array([-1 if name is None else index[name] for name in classes], np.int64)
+        ids = [_text(file) for file in files]
         super().__init__(ids, description=description, class_names=names, targets=targets, notes=notes)
         self.root = Path(os.path.abspath(root))
         self._files = list(files)
@@ -71,11 +81,25 @@ class FileSource(ImageSource):
         return image_size(self.root / self._files[i])
 
     def _digest(self, i: int) -> bytes:
+        return self._read(i, content_digest)
+
+    def _sample(self, i: int) -> bytes:
+        return self._read(i, sample_bytes)
+
+    def _read(self, i: int, read: Callable[[BinaryIO], bytes]) -> bytes:
         try:
             with open(self.root / self._files[i], "rb") as file:
-                return sample_bytes(file)
+                return read(file)
         except OSError:
             return b"unreadable"
+
+    def _file_state(self, i: int) -> FileState:
+        return file_state(self.root / self._files[i])
+
+
+def _text(name: str) -> str:
+    """A file's name as text, whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def open_images(
@@ -141,14 +165,15 @@ def _open(spec: Any) -> ImageSource:
 
 
 def _open_folder(root: Path) -> FileSource:
-    found, notes = list_files(root)
-    files = [file for file in found if file.lower().rpartition(".")[2] in EXTENSIONS]
+    found, passed = list_files(root)
+    files, others = pictures_of(found)
+    notes = [*others, *passed]
     if not files:
-        other = f"{len(found)} other files such as {printable(found[0])}" if found else "no files at all"
+        other = "; ".join(notes) or "no files at all"
         raise UserError(f"no images in {printable(root)}: looked for {', '.join(EXTENSIONS)}, found {other}")
     classes = {file.split("/")[0] for file in files if "/" in file}
     if classes:
-        folders = {entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)}
+        folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
         empty = sorted(name for name in folders - classes if not name.startswith("."))
         if empty:
             notes.append(f"class folders without images: {', '.join(map(printable, empty))}")
@@ -195,46 +220,14 @@ def split_ids(
     return fit_indices, np.setdiff1d(np.arange(len(ids), dtype=np.int64), fit_indices)
 
 
-def match_classes(
-    names: Sequence[str], class_names: Sequence[str], wnids: Sequence[str] | None = None
-) -> NDArray[np.int64]:
-    """Index of the classifier's class for each of a source's classes, -1 where no single one agrees.
-
-    Tried in this order: the WordNet id, the same name, the same name but for case and separators, the name before the
-    first comma ("tench, Tinca tinca"). Nothing is ever matched by its place, unless the source's names are the numbers
-    from 0 ("0" or "class 0") and there are as many as classes: they are then taken as the classifier's indices.
-    """
-    levels = [list(wnids or ()), list(class_names), [*map(_plain, class_names)]]
-    levels.append([_plain(name.split(",")[0]) for name in class_names])
-    tables: list[dict[str, list[int]]] = []
-    for level in levels:
-        table: dict[str, list[int]] = defaultdict(list)
-        for index, name in enumerate(level):
-            table[name].append(index)
-        tables.append(dict(table))
-
-    def find(name: str) -> int:
-        plain = _plain(name)
-        for table, key in zip(tables, (name, name, plain, plain), strict=True):
-            if key in table:
-                return table[key][0] if len(table[key]) == 1 else -1
-        return -1
-
-    found = np.array([find(name) for name in names], np.int64)
-    numbers = [_plain(name) for name in names]
-    if (found < 0).all() and sorted(numbers) == sorted(map(str, range(len(class_names)))):
-        return np.array([int(number) for number in numbers], np.int64)
-    return found
-
-
-def _plain(name: str) -> str:
-    """Lower case, single spaces for separators; "class 7" is plain "7"."""
-    text = re.sub(r"[\s_\-]+", " ", name).strip().casefold()
-    return re.sub(r"^class (?=\d+$)", "", text)
-
-
-def open_sources(images: ImageSource | str | Path, eval_images: ImageSource | str | Path | None = None) -> ImageSource:
+def open_sources(
+    images: ImageSource | str | Path, eval_images: ImageSource | str | Path | None = None, *, verify: bool = False
+) -> ImageSource:
     """The images to fit on, joined with those to evaluate on where these are given.
+
+    Parameters
+    ----------
+    verify : compare the whole content of every file with what a store was made of.
 
     Raises
     ------
@@ -249,4 +242,6 @@ def open_sources(images: ImageSource | str | Path, eval_images: ImageSource | st
             f"the images to evaluate on are those to fit on ({source.description}): explainers are evaluated on other "
             "images; without --eval-images a fifth of the images is held out"
         )
-    return source if heldout is None else Joined(source, heldout)
+    opened = source if heldout is None else Joined(source, heldout)
+    opened.verify |= verify
+    return opened

@@ -192,7 +192,7 @@ def unseen_images(
     score_images: np.ndarray,
 ) -> np.ndarray:
     """Annotated images that are not images of the fit; the score images where the run's own images are not given."""
-    if source is None or store.key.data_fingerprint != source.fingerprint:
+    if source is None or not store.is_of(source):
         return score_images
     fitted = {source._digest(int(i)) for i in fit_images}
     return np.array([i for i in annotated.tolist() if images._digest(i) not in fitted], dtype=int)
@@ -213,7 +213,7 @@ def refuse_fit_images(
     ------
     UserError : names one such image.
     """
-    if source is not None and store.key.data_fingerprint == source.fingerprint:
+    if source is not None and store.is_of(source):
         fitted = {source._digest(int(i)) for i in fit_images}
         shared = [images.ids[i] for i in score_images.tolist() if images._digest(i) in fitted]
     elif store.is_subsampled(data.layer):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from netgloss.activations import Store
+from netgloss.class_names import class_finder
 from netgloss.classifiers import Preprocessing
 from netgloss.data import ImageAnnotation, ImageSource, place
 from netgloss.explainers.base import Explainer
@@ -67,8 +68,8 @@ def landmarks_of(
         for i in images
     ]
     found = [{} if annotation is None else _landmarks(annotation) for annotation in placed]
-    skip = set(source.class_names)
-    names = sorted({name for points in found for name in points} - skip)
+    is_class = class_finder(source.class_names)
+    names = sorted(name for name in {name for points in found for name in points} if not is_class(name))
     places = torch.full((len(found), len(names), 2), math.nan, dtype=torch.float64)
     for n, points in enumerate(found):
         for k, name in enumerate(names):

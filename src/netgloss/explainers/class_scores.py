@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from netgloss.class_names import class_finder
 from netgloss.errors import UserError, nearest
 from netgloss.explainers.base import Batch, ExplainerConfig, LayerSpec, Rows
 from netgloss.explainers.rows import RowsExplainer
@@ -180,13 +181,11 @@ def find_class(text: str, class_names: Sequence[str], wnids: Sequence[str]) -> i
     number = text.partition(":")[0].strip()
     if number.isdecimal():
         return class_place(text, len(class_names))
-    wanted = text.strip().lower()
+    places = class_finder(class_names, wnids)(text)
+    if len(places) > 1:
+        raise UserError(f"class {text!r} is ambiguous: say the index, {' or '.join(map(str, places))}")
+    if places:
+        return places[0]
     short = [name.split(",")[0].strip().lower() for name in class_names]
-    for table in (list(wnids), [name.lower() for name in class_names], short):
-        places = [i for i, name in enumerate(table) if name == wanted]
-        if len(places) > 1:
-            raise UserError(f"class {text!r} is ambiguous: say the index, {' or '.join(map(str, places))}")
-        if places:
-            return places[0]
-    hint = nearest(wanted, short) or short[:5]
+    hint = nearest(text.strip().lower(), short) or short[:5]
     raise UserError(f"the classifier has no class {text!r}; did you mean {', '.join(hint)}?")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from netgloss.activations import CaptureOptions, Store, StoreInfo, capture, prepare_store
 from netgloss.activations.capture import Check, origin
+from netgloss.class_names import compare_classes
+from netgloss.errors import one_line
 from netgloss.processes import first_then_others, together
 from netgloss.runs.run import versions
 from netgloss.training.execution import Execution
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
 def store_info(classifier: Classifier, source: ImageSource) -> StoreInfo:
     """What a store records of its origin, and the versions that it was made with."""
     return dataclasses.replace(origin(classifier, source), created_with=versions())
+
+
+def _say_what_is_read(classifier: Classifier, source: ImageSource, execution: Execution) -> None:
+    """What was passed over, and which of the images' classes the network knows."""
+    for note in source.notes:
+        execution.shown.say(f"note: {one_line(note)}")
+    if source.class_names:
+        execution.shown.say(compare_classes(source.class_names, classifier.class_names, classifier.wnids).line)
 
 
 def capture_store(
@@ -44,6 +54,7 @@ def capture_store(
     """
     execution = Execution.of(device)
     fabric = execution.fabric
+    _say_what_is_read(classifier, source, execution)
     given: dict[str, Any] = {
         "options": options,
         "info": store_info(classifier, source),

@@ -14,6 +14,7 @@ import numpy as np
 
 from netgloss.activations import Store
 from netgloss.activations.layer import Layer, check_origin, make_tail, split_store
+from netgloss.class_names import compare_classes
 from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
 from netgloss.evaluation.context import EvaluationContext
@@ -279,8 +280,9 @@ def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) ->
     """What a reader of the scores must know first."""
     store, tail = context.store, context.tail
     warnings = []
-    if store.info.class_names and (layer.labels < 0).all():
-        warnings.append("the images' class names are not among the classifier's: accuracies are left out")
+    match = compare_classes(store.info.class_names, layer.classifier.class_names, layer.classifier.wnids)
+    if match.missing:
+        warnings.append(match.line + ("; accuracies are left out" if (layer.labels < 0).all() else ""))
     if store.info.model.get("random_weights"):
         warnings.append("the network has random weights: its concepts and scores say nothing about a trained one")
     if tail.mode != "graph":

@@ -59,7 +59,7 @@ def parts(
         raise UserError(f"distinct is a share of the images, above 0 and at most 1, got {distinct:g}")
     run = run if isinstance(run, Run) else Run(run)
     source, store = open_sources(images), Store.open(run.store)
-    if source.fingerprint != store.key.data_fingerprint:
+    if not store.is_of(source):
         raise UserError(f"{source.description} are not the images of the run {run.path}")
     if len(store.shapes[run.layer]) != 3:
         raise UserError(f"layer {run.layer!r} has no grid: its concepts have no places to show")

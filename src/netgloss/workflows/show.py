@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from netgloss.activations import image_batches
+from netgloss.activations.capture import odd_images
 from netgloss.activations.layer import LayerReader
 from netgloss.data.sources import open_sources
-from netgloss.errors import UserError
+from netgloss.errors import UserError, one_line
 from netgloss.evaluation.decoded import DecodedImage, Pictures, decode_images
 from netgloss.explainers.cladec import ClaDec
 from netgloss.explanations.excitation import HeatmapKind, chosen_heatmaps
@@ -20,7 +22,9 @@ from netgloss.runs.run import Run, save_figure
 from netgloss.training.execution import Execution
 
 if TYPE_CHECKING:
+    from netgloss.classifiers import Classifier
     from netgloss.data import ImageSource
+    from netgloss.explainers.base import Explainer
 
 
 def show(
@@ -63,39 +67,79 @@ def show(
     reader = LayerReader(classifier, run.layer, explainer, source)
     if explainer.target == "image" and not isinstance(explainer, ClaDec):
         raise UserError(f"{run.method} decodes into images in a way that show does not know")
-    pictures = Pictures.of(explainer, classifier, source) if isinstance(explainer, ClaDec) else None
+    shower = _Shower(run, classifier, explainer, reader, source, heat, top)
     shown: list[Any] = []
-    reasons = []
+    reasons: list[str] = []
+    remarks: dict[str, str] = {}
+    for note in source.notes:
+        execution.shown.say(f"note: {note}")
     for index, name in enumerate(source.ids):
-        pixels, (reason,) = next(image_batches(classifier, source, [index], workers=0))
-        if reason:
-            reasons.append(reason)
-            execution.shown.say(f"left out: {reason}")
+        try:
+            one = dataclasses.replace(shower.explain(index, remarks), image=name)
+        except (UserError, MemoryError) as error:
+            reasons.append(_why(error, name))
+            execution.shown.say(f"left out: {reasons[-1]}")
             continue
-        batch = reader.batch(pixels)
-        one: ImageExplanation | DecodedImage
-        if isinstance(explainer, ClaDec):
-            assert pictures is not None
-            image = pictures.read(np.array([index]))
-            (one,) = decode_images(explainer, batch, image, pictures, classifier.class_names, seed=run.seeds[0])
-        else:
-            picture = classifier.preprocessing.pixels(source.image(index)).permute(1, 2, 0).clamp(0, 1).numpy()
-            maps = batch.activation if batch.maps is None else batch.maps
-            (one,) = explain_images(
-                explainer,
-                batch,
-                classifier.class_names,
-                heat=chosen_heatmaps(heat, explainer, classifier, run.layer, pixels.to(classifier.device), maps),
-                drivers=top,
-                pictures=[picture],
-            )
-        one = dataclasses.replace(one, image=name)
         if out is not None:
             stem = Path(name).stem or "image"
             stem = f"{index:04d}-{stem}" if len(source) > 1 else stem
             files = save_figure(Path(out), stem, one.figure(), {"image": name, **one.numbers()})
             one = dataclasses.replace(one, files=tuple(files))
         shown.append(one)
+    for line in odd_images(remarks):
+        execution.shown.say(f"note: {line}")
     if not shown:
         raise UserError(reasons[0] if reasons else f"{source.description} holds no images")
+    if reasons:
+        execution.shown.say(f"{len(shown)} of {len(source)} images explained, {len(reasons)} left out")
     return shown
+
+
+def _why(error: Exception, name: str) -> str:
+    """One line that names the image."""
+    reason = str(error) or "it does not fit in memory"
+    return reason if name in reason else f"{one_line(name)}: {reason}"
+
+
+@dataclass(frozen=True)
+class _Shower:
+    """Explains the images of a source one by one."""
+
+    run: Run
+    classifier: Classifier
+    explainer: Explainer
+    reader: LayerReader
+    source: ImageSource
+    heat: HeatmapKind
+    top: int
+
+    def explain(self, index: int, remarks: dict[str, str]) -> ImageExplanation | DecodedImage:
+        """The explanation of image ``index``; ``remarks`` receives what is odd about it.
+
+        Raises
+        ------
+        UserError : the image cannot be read, or the network answers with NaN or Inf.
+        """
+        classifier, explainer, source = self.classifier, self.explainer, self.source
+        pixels, (reason,) = next(image_batches(classifier, source, [index], workers=0, remarks=remarks))
+        if reason:
+            raise UserError(reason)
+        batch = self.reader.batch(pixels)
+        if isinstance(explainer, ClaDec):
+            pictures = Pictures.of(explainer, classifier, source)
+            image = pictures.read(np.array([index]))
+            (decoded,) = decode_images(
+                explainer, batch, image, pictures, classifier.class_names, seed=self.run.seeds[0]
+            )
+            return decoded
+        picture = classifier.preprocessing.pixels(source.image(index)).permute(1, 2, 0).clamp(0, 1).numpy()
+        maps = batch.activation if batch.maps is None else batch.maps
+        (one,) = explain_images(
+            explainer,
+            batch,
+            classifier.class_names,
+            heat=chosen_heatmaps(self.heat, explainer, classifier, self.run.layer, pixels.to(classifier.device), maps),
+            drivers=self.top,
+            pictures=[picture],
+        )
+        return one
