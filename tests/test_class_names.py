@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
+from netgloss.activations.layer import class_labels
 from netgloss.class_names import class_list, compare_classes, match_classes, plain
 from netgloss.classifiers import load_classifier
-from netgloss.data import ArraySource
+from netgloss.data import ArraySource, open_images
 from netgloss.data import match_classes as of_data
 from netgloss.errors import UserError
 from netgloss.explainers.class_scores import find_class
+from netgloss.progress import Silent
+from netgloss.training.execution import Execution
+from netgloss.workflows.capture import capture_store
 
 WORDS = st.text(st.sampled_from("abcdeéöüßñçåあ漢к"), min_size=2, max_size=6)
 NAMES = st.lists(
@@ -152,3 +157,27 @@ def test_dicts_reach_classifiers_and_arrays(tmp_path: Path) -> None:
         load_classifier(thousand(3), class_names=tmp_path / "bad.json")
     source = ArraySource(np.zeros((3, 4, 4), np.uint8), [0, 1, 2], index)
     assert source.class_names == ["cat", "dog", "eel"]
+
+
+def test_capture_says_what_was_passed_over_and_which_folders_match(tmp_path: Path) -> None:
+    """Images of a folder that is no class are unlabelled, so that they count as no mistake."""
+    folder = tmp_path / "images"
+    for name in ("CAT/a.png", "eel_/b.png", "dogg/c.png"):
+        (folder / name).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / name)
+    (folder / "CAT" / "._a.png").write_bytes(b"")
+    said: list[str] = []
+
+    class Lines(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    classifier = load_classifier(thousand(3), class_names={"eel": 2, "cat": 0, "dog": 1})
+    store = capture_store(
+        classifier, open_images(folder), ["0"], tmp_path / "store", device=Execution("cpu", progress=Lines())
+    )
+    assert said[0] == "note: 1 files of macOS (._NAME) passed over: CAT/._a.png"
+    assert said[1].startswith("2 of 3 classes of the images are classes of the network;")
+    assert "dogg (nearest: dog)" in said[1]
+    labels = class_labels(store, classifier.class_names, classifier.wnids)
+    assert dict(zip(store.ids, labels.tolist(), strict=True)) == {"CAT/a.png": 0, "dogg/c.png": -1, "eel_/b.png": 2}

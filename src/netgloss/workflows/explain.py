@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from netgloss.activations import CaptureOptions
 from netgloss.activations.locations import place_of
 from netgloss.classifiers import Classifier, load_classifier
+from netgloss.data.images import few
 from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer, ExplainerConfig
@@ -113,7 +114,8 @@ def explain(
     seconds = time.perf_counter() - started
     if store.problems:
         execution.shown.say(
-            f"{len(store.problems)} image(s) could not be read and were skipped; they are listed in the report"
+            f"{len(store.problems)} image(s) could not be read and were skipped: {few(list(store.problems))}; "
+            "the report has the reasons"
         )
     run = fit(
         method, store, layer, out, config=config, seeds=seeds, device=execution, classifier=classifier, source=source
