@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -316,20 +314,3 @@ def test_names_are_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert {record["name"]: record["start"] for record in json.loads(capsys.readouterr().out)} == {
         layer.name: layer.start for layer in layers
     }
-
-
-def test_the_compiler_is_imported_when_it_is_used_and_not_before() -> None:
-    code = """
-import sys, torch
-from netgloss.classifiers.outline import outline_layers
-outline_layers("timm:test_vit")
-assert "torch._dynamo" not in sys.modules, "imported"
-from torchvision.ops import roi_align
-boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
-assert roi_align(torch.ones(1, 1, 4, 4), [boxes], 2).shape == (1, 1, 2, 2)
-assert torch.equal(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)), torch.full((2,), 2.0))
-from torch._dynamo.utils import is_compile_supported
-assert is_compile_supported.__module__ == "torch._dynamo.utils"
-assert torch.compiler.disable.__module__ == "torch.compiler"
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from netgloss.classifiers.layers import LayerInfo, list_layers
 from netgloss.classifiers.layouts import ValuesNeeded
-from netgloss.classifiers.light_imports import without_compiler
 from netgloss.classifiers.loading import Classifier, load_classifier
 from netgloss.errors import UserError
 
@@ -48,7 +47,7 @@ def outline_layers(
     fields = {**fields, "random_weights": fields.get("checkpoint") is None}
     load = partial(_loaded, name, layout, prefix_tokens, fields)
     try:
-        with without_compiler(), torch.device("meta"), _Cheap(), warnings.catch_warnings():
+        with torch.device("meta"), _Cheap(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*non-meta parameter in the checkpoint.*")  # it is only checked
             classifier = load()
             return classifier, list_layers(classifier)
@@ -58,7 +57,7 @@ def outline_layers(
         raise
     except Exception:  # some networks compute with values as they are built or run
         pass
-    with without_compiler(), _Cheap():
+    with _Cheap():
         classifier = load()
     return classifier, list_layers(classifier)
 

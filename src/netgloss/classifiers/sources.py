@@ -21,7 +21,6 @@ from typing import Any
 
 from torch import nn
 
-from netgloss.classifiers.light_imports import without_compiler
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.errors import UserError, nearest
 from netgloss.trust import note_code
@@ -108,9 +107,8 @@ def _from_file(path: Path, factory: str, num_classes: int | None) -> nn.Module:
 
 
 def _from_timm(name: str, pretrained: bool, num_classes: int | None, size: tuple[int, int] | None) -> Built:
-    with without_compiler():
-        import timm
-        from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+    import timm
+    from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -154,8 +152,7 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None, size: tuple
 def _from_torchvision(
     name: str, pretrained: bool, num_classes: int | None, size: tuple[int, int] | None, state_names: Collection[str]
 ) -> Built:
-    with without_compiler():
-        from torchvision import models
+    from torchvision import models
 
     architecture, _, tag = name.partition(".")
     known = models.list_models(module=models)

@@ -24,23 +24,24 @@ class FindingPictures:
     Parameters
     ----------
     own : pictures (H, W, 3) of the class, in 0..1. masks : (H, W) of each, True in the region; None for a cue.
-    before, after : pictures of other classes, and the same with the region or cue put in.
-    said_before, said_after : what the network answers to them.
-    name : the class.
+    other : pictures of other classes. changed : these with the region or cue of ``own`` put in, or ``own`` with theirs.
+    said_other, said_changed : what the network answers to them.
+    name : the class. taken_out : True if ``changed`` shows ``own``.
     """
 
     own: Sequence[Array]
     masks: Sequence[Array] | None
-    before: Sequence[Array]
-    after: Sequence[Array]
-    said_before: Sequence[str]
-    said_after: Sequence[str]
+    other: Sequence[Array]
+    changed: Sequence[Array]
+    said_other: Sequence[str]
+    said_changed: Sequence[str]
     name: str
+    taken_out: bool = False
 
 
 def finding_figure(shown: FindingPictures) -> Figure:
-    """Three rows: images of the class with the region outlined, other images, and those with the region put in."""
-    columns = min(_COLUMNS, len(shown.own), len(shown.before))
+    """Three rows: images of the class with the region outlined, other images, and one of the two after the exchange."""
+    columns = min(_COLUMNS, len(shown.own), len(shown.other))
     figure = new_figure(1.55 * columns + 0.2, 5.3)
     axes = figure.subplots(3, columns, squeeze=False)
     for column in range(columns):
@@ -52,11 +53,11 @@ def finding_figure(shown: FindingPictures) -> Figure:
             for colour, width in (("white", 3.2), (AGAINST, 1.6)):
                 top.contour(shown.masks[column].astype(float), [0.5], colors=colour,
                             linewidths=width)  # fmt: skip
-        middle.imshow(shown.before[column], interpolation="nearest")
-        bottom.imshow(shown.after[column], interpolation="nearest")
-        middle.set_title(brief(shown.said_before[column], 18), fontsize=8, color=INK)
-        turned = shown.said_after[column] == shown.name
-        bottom.set_title(brief(shown.said_after[column], 18), fontsize=8, color=AGAINST if turned else INK,
+        middle.imshow(shown.other[column], interpolation="nearest")
+        bottom.imshow(shown.changed[column], interpolation="nearest")
+        middle.set_title(brief(shown.said_other[column], 18), fontsize=8, color=INK)
+        turned = (shown.said_changed[column] == shown.name) != shown.taken_out
+        bottom.set_title(brief(shown.said_changed[column], 18), fontsize=8, color=AGAINST if turned else INK,
                          fontweight="bold" if turned else "normal")  # fmt: skip
     axes[0, 0].set_title(brief(f"images of {shown.name}", 40), fontsize=8, color=INK, loc="left")
     return figure

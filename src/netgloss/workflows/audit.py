@@ -226,12 +226,12 @@ def write_audit(run: Run, photos: _Photos, found: Audit, options: AuditOptions) 
         reader = LayerReader(photos.classifier, run.layer, run.explainer, photos.source)
     records = []
     for number, finding in enumerate(shown, start=1):
-        before, after, masks = _exchanged(photos, finding.test)
+        other, changed, masks = _exchanged(photos, finding.test)
         behind = None
         if reader is not None and masks is not None:
             behind = _behind(run, photos, reader, finding.test, masks)
         picture = f"audit-{number}"
-        run.write_picture(picture, figures.finding_figure(_pictures(photos, finding.test, before, after, masks)))
+        run.write_picture(picture, figures.finding_figure(_pictures(photos, finding.test, other, changed, masks)))
         records.append(_finding_record(photos, finding, behind, f"{picture}.png"))
     run.write_json(
         "audit.json",
@@ -253,7 +253,10 @@ _CUE_NAMES = {cue.name: cue for cue in CUES}
 
 
 def _exchanged(photos: _Photos, test: ClassTest) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Other images before and after (n, C, H, W) in 0..1, and the masks; those that turned into the class first."""
+    """The other images, the changed ones (n, C, H, W) in 0..1, and the masks.
+
+    Changed are the others with the region or cue put in; the class's own without it where that does more.
+    """
     own, others = photos.pixels(np.array(test.images)), photos.pixels(np.array(test.others))
     if test.kind in _CUE_NAMES:
         cue = _CUE_NAMES[test.kind]
@@ -262,7 +265,13 @@ def _exchanged(photos: _Photos, test: ClassTest) -> tuple[Tensor, Tensor, Tensor
     objects = photos.objects(np.array(test.images)) if test.kind == "background" else None
     masks = region_masks(test, own.shape[2], own.shape[3], None if objects is None else objects.cpu())
     masks = masks.to(own.device)
-    return others, exchange(others, own, masks), masks
+    changed = exchange(own, others, masks) if _shows_loss(test) else exchange(others, own, masks)
+    return others, changed, masks
+
+
+def _shows_loss(test: ClassTest) -> bool:
+    """True if taking the region out does more than putting it in."""
+    return test.kind not in _CUE_NAMES and test.lost > test.gained
 
 
 def _behind(run: Run, photos: _Photos, reader: LayerReader, test: ClassTest, masks: Tensor) -> ConceptsBehind | None:
@@ -273,13 +282,14 @@ def _behind(run: Run, photos: _Photos, reader: LayerReader, test: ClassTest, mas
 
 
 def _pictures(
-    photos: _Photos, test: ClassTest, before: Tensor, after: Tensor, masks: Tensor | None
+    photos: _Photos, test: ClassTest, other: Tensor, changed: Tensor, masks: Tensor | None
 ) -> figures.FindingPictures:
+    """Pictures of a finding; images whose answer changed come first."""
     names, classifier = photos.classifier.class_names, photos.classifier
     with torch.no_grad():
-        said = [classifier(classifier.preprocessing.normalise(p)).argmax(dim=1).tolist() for p in (before, after)]
-    turned = [i for i, c in enumerate(said[1]) if c == test.class_index]
-    rows = [*turned, *(i for i in range(len(after)) if i not in turned)][:_PICTURES]
+        said = [classifier(classifier.preprocessing.normalise(p)).argmax(dim=1).tolist() for p in (other, changed)]
+    turned = [i for i, c in enumerate(said[1]) if (c == test.class_index) != _shows_loss(test)]
+    rows = [*turned, *(i for i in range(len(changed)) if i not in turned)][:_PICTURES]
     own = photos.pixels(np.array(test.images))
 
     def drawn(pixels: Tensor) -> list[np.ndarray]:
@@ -288,11 +298,12 @@ def _pictures(
     return figures.FindingPictures(
         drawn(own),
         None if masks is None else [m[0].cpu().numpy() for m in masks[rows]],
-        drawn(before),
-        drawn(after),
+        drawn(other),
+        drawn(changed),
         [names[said[0][i]] for i in rows],
         [names[said[1][i]] for i in rows],
         names[test.class_index],
+        taken_out=_shows_loss(test),
     )
 
 
