@@ -342,3 +342,20 @@ def test_the_last_map_is_named(model: str, layer: str) -> None:
 
     found = last_map(load_classifier(model, random_weights=model != "critters"))
     assert found.startswith(layer)
+
+
+def test_a_cue_that_does_not_fill_its_window_still_has_the_same_pixels() -> None:
+    from netgloss.explanations.audit.search import _Auditor
+
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.random((16, 3, SIDE, SIDE), dtype=np.float32))
+    cue, support = torch.from_numpy(rng.random((3, 8, 8), dtype=np.float32)), torch.zeros(16, SIDE, SIDE)
+    for image, seen in zip(images, support, strict=True):
+        y, x = rng.integers(0, SIDE - 8, 2)
+        image[:, y : y + 8, x : x + 8] = cue
+        seen[y : y + 8, x : x + 8] = 1
+    labels = np.zeros(16, dtype=int)
+    auditor = _Auditor(
+        lambda u: u, lambda i: images[torch.from_numpy(i)], lambda u: u, labels, labels, None, AuditOptions()
+    )
+    assert auditor.same_pixels(Region("patch", 11), np.arange(16), support) > 0.5

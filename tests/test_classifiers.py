@@ -232,7 +232,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     for name, message in {
         "cut.pth": "no readable PyTorch file",
         "text.pth": "no readable PyTorch file",
-        "empty.pth": "no readable PyTorch file",
+        "empty.pth": "is empty",
         "junk.safetensors": "no readable safetensors",
         "list.pth": "holds no state dict .* a list",
         "log.pth": "holds no state dict .* a dict of epoch, lr",
@@ -538,3 +538,24 @@ def test_real_mobilenet_recognises_real_images(shared: Path) -> None:
                 top5 += wnid in names
     assert 0.5 <= right / len(files) <= 0.85
     assert top5 / len(files) >= 0.8
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"  <!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
+        (b"<html>\n<head><title>404</title>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "is a Git LFS pointer"),
+        (b'{"error": "not found"}', "is JSON text"),
+        (b"\x1f\x8b\x08\x00rest", "is compressed by gzip"),
+    ],
+)
+def test_what_was_saved_in_place_of_weights_is_named(content: bytes, said: str, suffix: str, tmp_path: Path) -> None:
+    from netgloss.classifiers.checkpoints import read_checkpoint
+
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(file)

@@ -191,3 +191,14 @@ def test_odd_images_are_explained(tmp_path: Path) -> None:
                            evaluation=netgloss.EvaluationOptions(untrained_images=0))  # fmt: skip
     assert run.manifest["data"]["num_images"] == 6
     assert run.manifest["data"]["unreadable"] == []
+
+
+@pytest.mark.parametrize(("flags", "said"), [([], True), (["--devices", "2"], False), (["--nodes=2"], False)])
+def test_a_task_of_slurm_that_runs_alone_says_its_errors(
+    flags: list[str], said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from netgloss.cli.terminal import is_main_process
+
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setattr("sys.argv", ["netgloss", "layers", *flags])
+    assert is_main_process() == said

@@ -34,6 +34,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {path} is a folder; name the weights file inside it")
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
+    other = _what_else(path)
+    if other:
+        raise UserError(f"checkpoint {path} {other}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for _ in range(2):
         wrapper = next((w for w in WRAPPERS if isinstance(content, dict) and isinstance(content.get(w), dict)), None)
@@ -76,6 +79,24 @@ def hash_weights(net: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _what_else(path: Path) -> str:
+    """What a file is that plainly holds no weights: an error page or a pointer that was saved in their place."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    start = head.lstrip().lower()
+    if not head:
+        return "is empty: was the download cut off?"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+        return "is a web page, not weights: the download gave an error page or a sign-in form"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
+    if start.startswith((b"{", b"[")) and b"\0" not in head:
+        return "is JSON text, not weights"
+    if head.startswith(b"\x1f\x8b"):
+        return "is compressed by gzip: unpack it first"
+    return ""
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -22,8 +22,15 @@ def command_line() -> str:
 
 
 def is_main_process() -> bool:
-    """False in the processes that Fabric, torchrun or Slurm started in addition to the first one."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
+    """False in the processes that Fabric, torchrun or Slurm started in addition to the first one.
+
+    Slurm numbers the tasks of every job step, also those that run netgloss each for itself: its number counts only
+    where the command asks for several processes.
+    """
+    names = ["LOCAL_RANK", "NODE_RANK", "GROUP_RANK"]
+    if any(argument.partition("=")[0] in ("--devices", "--nodes") for argument in sys.argv[1:]):
+        names.append("SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def console() -> Any:

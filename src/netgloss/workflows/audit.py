@@ -96,7 +96,7 @@ def audit(
         progress=execution.shown,
     )
     write_audit(run, photos, found, options)
-    run.add_time("audit", time.perf_counter() - started)
+    run.update(times={**run.manifest.get("times", {}), "audit": round(time.perf_counter() - started, 2)})
     write_report(run)
     return run
 

@@ -40,6 +40,7 @@ from netgloss.explanations.audit.swaps import (
     regions_to_try,
     swap,
     swap_attribution,
+    window_sizes,
 )
 from netgloss.progress import Progress, Silent
 
@@ -272,16 +273,23 @@ class _Auditor:
         return measured
 
     def same_pixels(self, region: Region, index: np.ndarray, support: Tensor) -> float:
-        """Share of a window's pixels that are the same in nearly all images; 0 for other regions."""
-        if region.kind not in ("place", "patch"):
+        """Share of a window's pixels that are the same in nearly all images; 0 for other regions.
+
+        For a window that lies elsewhere in each image, smaller ones are tried too: a cue that does not fill the window
+        lies at another place in it each time.
+        """
+        if not region.is_window:
             return 0.0
-        corners = best_windows(support, region.size) if region.kind == "patch" else [region.corner] * len(index)
-        size, edge = region.size, region.size // 3
-        padded = torch.nn.functional.pad(self.pixels(index), (edge, edge, edge, edge), mode="reflect")
-        windows = [
-            p[:, y : y + size + 2 * edge, x : x + size + 2 * edge] for p, (y, x) in zip(padded, corners, strict=True)
-        ]
-        return signs.same_pixels(torch.stack(windows))
+        sizes = window_sizes(support.shape[1:]) if region.kind == "patch" else []
+        pixels, found = self.pixels(index), 0.0
+        for size in {region.size, *(size for size in sizes if size < region.size)}:
+            corners = best_windows(support, size) if region.kind == "patch" else [region.corner] * len(index)
+            edge = size // 3
+            side = size + 2 * edge
+            padded = torch.nn.functional.pad(pixels, (edge, edge, edge, edge), mode="reflect")
+            windows = [p[:, y : y + side, x : x + side] for p, (y, x) in zip(padded, corners, strict=True)]
+            found = max(found, signs.same_pixels(torch.stack(windows)))
+        return found
 
     def cue(self, target: int, cue: Cue, own_levels: Tensor, other_levels: Tensor) -> ClassTest | None:
         """The test of a cue for a class, None where its images do not differ in it."""

@@ -16,7 +16,7 @@ Shape letters: N pairs, H W pixels of the network's input (H = W is not assumed)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,14 +107,18 @@ def swap_attribution(forward: Forward, own: Tensor, other: Tensor, target: int, 
     return torch.cat(parts).sum(dim=1).detach()
 
 
+def window_sizes(shape: Sequence[int]) -> list[int]:
+    """Sides of the windows that are tried, in pixels of a picture (H, W)."""
+    return [max(round(share * min(shape)), 1) for share in WINDOWS]
+
+
 def regions_to_try(support: Tensor, *, masked: bool) -> list[Region]:
     """The regions that a search compares, from the attributions (N, H, W) of some pairs of the class."""
     _, height, width = support.shape
     shorter = min(height, width)
     mean = support.mean(dim=0, keepdim=True)
     found = []
-    for share in WINDOWS:
-        size = max(round(share * shorter), 1)
+    for size in window_sizes((height, width)):
         found += [Region("place", size, best_windows(mean, size)[0]), Region("patch", size)]
     found += [Region("border", max(round(share * shorter), 1)) for share in BORDERS]
     return [*found, Region("background")] if masked else found
