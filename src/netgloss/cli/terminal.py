@@ -109,7 +109,7 @@ class Bars:
         self._task = None
 
     def say(self, message: str) -> None:
-        self._progress.console.print(message, markup=False, highlight=False)
+        self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)  # names stay whole
 
 
 @contextmanager
