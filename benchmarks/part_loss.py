@@ -33,7 +33,7 @@ def maps() -> torch.Tensor:
 
 
 def products() -> Callable[[], None]:
-    from netgloss.explainers.parts import templates
+    from netgloss.explainers.part_maps import templates
 
     x, table = maps().detach().flatten(2), templates(N, N, kappa=30.0)
 
@@ -44,19 +44,19 @@ def products() -> Callable[[], None]:
 
 
 def ours(*, single: bool = False) -> Callable[[], None]:
-    from netgloss.explainers.parts import filter_loss
+    from netgloss.explainers.part_maps import information_loss
 
     x = maps()
 
     def run() -> None:
         x.grad = None
-        filter_loss(x, kappa=30.0, single=single).sum().backward()
+        information_loss(x, kappa=30.0, single=single).sum().backward()
 
     return run
 
 
 def plain() -> Callable[[], None]:
-    from netgloss.explainers.parts import templates
+    from netgloss.explainers.part_maps import templates
 
     x, table = maps(), templates(N, N, kappa=30.0)
 

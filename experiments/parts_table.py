@@ -114,7 +114,7 @@ class Judge:
     @torch.no_grad()
     def decisions(self, explainer: Any) -> dict[str, Any]:
         """Agreement, accuracy and relative errors from both tracks and from each alone; shares; dead maps; p."""
-        from netgloss.explainers.parts import peak_counts
+        from netgloss.explainers.part_maps import peak_counts
         from netgloss.explanations.part_galleries import track_shares
 
         ways = TRACKS if explainer.rest is not None else TRACKS[:1]

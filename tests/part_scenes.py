@@ -62,6 +62,10 @@ class ToyRows:
     def examples(self, fields: object = ()) -> Iterator[Batch]:
         yield self.batch(torch.arange(len(self.activation)))
 
+    def sample(self, max_rows: int, *, seed: int) -> Tensor:
+        picks = torch.randperm(len(self.activation), generator=torch.Generator().manual_seed(seed))
+        return self.activation[picks[:max_rows]]
+
     def batch(self, index: Tensor) -> Batch:
         return Batch(self.activation[index], index, upper={name: v[index] for name, v in self.upper.items()})
 

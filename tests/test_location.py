@@ -16,8 +16,10 @@ from netgloss.metrics.location import (
     Peaks,
     bootstrap,
     find_peaks,
+    followed,
     locate,
     part_interpretability,
+    regression_error,
     trivial_peaks,
 )
 from netgloss.metrics.upper import UpperError, upper_error
@@ -168,3 +170,51 @@ def test_upper_error() -> None:
     torch.testing.assert_close(metric.compute(), upper_error(a, b))
     with pytest.raises(UserError, match="must have the same shape"):
         metric.update(torch.arange(2), upper=torch.zeros(2, 3), upper_rebuilt=torch.zeros(2, 4))
+
+
+def one_follower(images: int = 120) -> tuple[Peaks, torch.Tensor]:
+    """22 concepts: the first peaks 3 pixels off the first of three landmarks, 20 anywhere, the last at the centre."""
+    draw = torch.Generator().manual_seed(0)
+    landmarks = torch.rand(images, 3, 2, generator=draw).double() * 100
+    places = [
+        landmarks[:, :1] + 3,
+        torch.rand(images, 20, 2, generator=draw).double() * 100,
+        torch.full((images, 1, 2), 50.0).double(),
+    ]
+    return Peaks(torch.cat(places, dim=1), torch.rand(images, 22, generator=draw).double()), landmarks
+
+
+def test_a_landmark_is_found_by_the_concept_that_follows_it_and_not_by_the_best_of_many() -> None:
+    found, landmarks = one_follower()
+    seen = followed(found, landmarks, diagonal=141.4)
+    assert seen.best[0] == 0
+    assert seen.hits[0] == 1
+    assert seen.found.tolist() == [True, False, False]
+    assert (seen.hits[1:] < 0.15).all()  # the best of 22 concepts, chosen on other images, is as good as chance
+    assert (seen.hits[1:] - seen.chance[1:]).abs().max() < 0.06
+    few = followed(found.of(torch.arange(5)), landmarks[:5], diagonal=141.4)
+    assert few.hits.isnan().all()
+    assert not few.found.any()
+    with pytest.raises(UserError, match="peaks of 5 images came with landmarks of 120"):
+        followed(found.of(torch.arange(5)), landmarks, diagonal=1.0)
+
+
+def test_a_constant_hits_a_landmark_that_never_moves_but_does_not_follow_it() -> None:
+    found, landmarks = one_follower()
+    landmarks[:, 1] = 51.0
+    seen = followed(found, landmarks, diagonal=141.4)
+    assert seen.best[1] == 21
+    assert seen.hits[1] == seen.chance[1] == 1
+    assert not seen.found[1]
+
+
+def test_landmarks_are_read_from_peaks_by_regression() -> None:
+    found, landmarks = one_follower()
+    own, mean_place = regression_error(found, landmarks[:, :1], diagonal=141.4)
+    assert own < 0.02
+    assert mean_place == pytest.approx(0.27, abs=0.03)
+    without = Peaks(found.places[:, 1:], found.strength[:, 1:])
+    assert regression_error(without, landmarks[:, :1], diagonal=141.4)[0] > 0.9 * mean_place
+    assert math.isnan(regression_error(found.of(torch.arange(5)), landmarks[:5], diagonal=1.0)[0])
+    silent = Peaks(found.places, torch.full_like(found.strength, -math.inf))
+    assert regression_error(silent, landmarks[:, :1], diagonal=141.4)[0] == pytest.approx(mean_place, rel=0.05)

@@ -192,6 +192,16 @@ def test_pure_functions_are_the_streamed_values() -> None:
         assert value("dead_share", **inputs) == 0.2
 
 
+def test_coincidence_by_hand() -> None:
+    """Concepts 0 and 1 peak side by side, 2 far away, 3 is flat: one of three pairs; 1 if all peak at one place."""
+    concepts = torch.zeros(2, 4, 6, 6)
+    concepts[:, 0, 1, 1] = concepts[:, 1, 2, 2] = concepts[:, 2, 5, 0] = 1.0
+    concepts[:, 3] = 7.0
+    assert value("coincidence", concepts=concepts) == pytest.approx(1 / 3)
+    assert value("coincidence", concepts=concepts[:, :1].expand(-1, 5, -1, -1)) == 1
+    assert math.isnan(value("coincidence", concepts=concepts[:, 3:]))
+
+
 # -- streaming --------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +209,9 @@ def test_pure_functions_are_the_streamed_values() -> None:
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_streamed_equals_whole(name: str, maps: bool) -> None:
     inputs = example(maps=maps)
+    if name == "coincidence" and not maps:
+        assert math.isnan(value(name, **inputs))  # vectors have no place
+        return
     whole = stream(ALL[name](), inputs, order=torch.arange(NUM_IMAGES), batch_size=NUM_IMAGES)
     shuffled = torch.randperm(NUM_IMAGES, generator=torch.Generator().manual_seed(3))
     for order, batch_size in [(torch.arange(NUM_IMAGES), 1), (shuffled, 5), (shuffled.flip(0), 36)]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from netgloss.explainers.parts import _FilterLoss, filter_loss, peak_mask, templates
+from netgloss.explainers.part_maps import _Information, concentration, information_loss, peak_mask, templates
 
 
 def plain(maps: torch.Tensor, kappa: float, beta: float = 4.0) -> torch.Tensor:
@@ -41,7 +41,7 @@ def test_templates_at_seven_cells() -> None:
 def test_value_and_gradient_are_those_of_the_definition(kappa: float) -> None:
     maps = drawn(9, 5, 6, 7).requires_grad_()
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
-    loss = filter_loss(maps, kappa=kappa)
+    loss = information_loss(maps, kappa=kappa)
     (gradient,) = torch.autograd.grad((loss * weights).sum(), maps)
     exact = maps.detach().double().requires_grad_()
     expected = plain(exact, kappa)
@@ -58,7 +58,7 @@ def test_closed_form_gradient_of_the_scores() -> None:
     p = s.softmax(dim=0)
     r = p.log() - p.mean(dim=1, keepdim=True).log()
     by_score = -p * (r - (p * r).sum(dim=0)) / 3
-    filter_loss(maps, kappa=1.0).sum().backward()
+    information_loss(maps, kappa=1.0).sum().backward()
     assert maps.grad is not None
     torch.testing.assert_close(maps.grad.flatten(1), by_score @ table)
 
@@ -66,32 +66,32 @@ def test_closed_form_gradient_of_the_scores() -> None:
 def test_loss_lies_between_minus_log_and_zero() -> None:
     """0 where all images are alike; log B where each image has a peak of its own and amplitude is unbounded."""
     same = drawn(1, 3, 5, 5).expand(6, -1, -1, -1)
-    torch.testing.assert_close(filter_loss(same, kappa=30.0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(information_loss(same, kappa=30.0), torch.zeros(3), atol=1e-5, rtol=0)
     maps = torch.zeros(9, 1, 3, 3)
     maps[torch.arange(9), 0, torch.arange(9) // 3, torch.arange(9) % 3] = 1
-    loss = filter_loss(maps, kappa=1e4)
+    loss = information_loss(maps, kappa=1e4)
     assert -math.log(9) <= float(loss) + 1e-5
     assert float(loss) < -0.8 * math.log(9)
-    assert (filter_loss(drawn(4, 7, 5, 5), kappa=50.0) <= 1e-5).all()
+    assert (information_loss(drawn(4, 7, 5, 5), kappa=50.0) <= 1e-5).all()
 
 
 def test_finite_over_many_scales_and_in_half_precision() -> None:
     for scale in (1e-2, 1.0, 1e2, 1e5):
         maps = drawn(8, 4, 7, 7, scale=scale).requires_grad_()
-        loss = filter_loss(maps, kappa=30.0)
+        loss = information_loss(maps, kappa=30.0)
         loss.sum().backward()
         assert loss.isfinite().all()
         assert maps.grad is not None
         assert maps.grad.isfinite().all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert filter_loss(drawn(8, 4, 7, 7).bfloat16(), kappa=30.0).dtype == torch.float32
+        assert information_loss(drawn(8, 4, 7, 7).bfloat16(), kappa=30.0).dtype == torch.float32
 
 
 def test_adding_a_constant_to_all_images_changes_nothing() -> None:
     """A pattern that every image shares shifts the scores of each template alike."""
     maps, pattern = drawn(6, 3, 5, 5), drawn(1, 3, 5, 5, seed=1)
     torch.testing.assert_close(
-        filter_loss(maps + pattern, kappa=20.0), filter_loss(maps, kappa=20.0), atol=1e-5, rtol=1e-4
+        information_loss(maps + pattern, kappa=20.0), information_loss(maps, kappa=20.0), atol=1e-5, rtol=1e-4
     )
 
 
@@ -105,21 +105,21 @@ def test_single_template_gradient_keeps_the_peak_s_template_only() -> None:
     peak = maps.flatten(2).argmax(dim=2)
     weight = -(p * r).gather(2, peak[:, :, None]) / len(table)
     torch.testing.assert_close(found, weight * table[peak], atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(filter_loss(maps, kappa=10.0, single=True), filter_loss(maps, kappa=10.0))
+    torch.testing.assert_close(information_loss(maps, kappa=10.0, single=True), information_loss(maps, kappa=10.0))
 
 
 def _gradient(maps: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     given = maps.clone().requires_grad_()
-    _FilterLoss.apply(given, table, True).sum().backward()
+    _Information.apply(given, table, True).sum().backward()
     assert given.grad is not None
     return given.grad.flatten(2)
 
 
 def test_slices_of_channels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = drawn(4, 6, 5, 5).requires_grad_()
-    whole = torch.autograd.grad(filter_loss(maps, kappa=30.0).sum(), maps)[0]
-    monkeypatch.setattr("netgloss.explainers.parts._SLICE", 1)
-    torch.testing.assert_close(torch.autograd.grad(filter_loss(maps, kappa=30.0).sum(), maps)[0], whole)
+    whole = torch.autograd.grad(information_loss(maps, kappa=30.0).sum(), maps)[0]
+    monkeypatch.setattr("netgloss.explainers.part_maps._SLICE", 1)
+    torch.testing.assert_close(torch.autograd.grad(information_loss(maps, kappa=30.0).sum(), maps)[0], whole)
 
 
 def test_mask_is_a_cone_around_the_peak_and_passes_no_gradient() -> None:
@@ -130,3 +130,41 @@ def test_mask_is_a_cone_around_the_peak_and_passes_no_gradient() -> None:
     assert not mask.requires_grad
     assert mask[0, 0, 2].tolist() == pytest.approx([0, 0, 0, 3 / 7, 1, 3 / 7, 0])
     assert mask[1, 2, 3].tolist() == pytest.approx([0, 0, 0, 0, 3 / 7, 0, 0])
+
+
+def test_concentration_is_the_variance_of_the_places() -> None:
+    """Two halves four cells apart: variance (2 / 8)^2; a single cell: 0; the position does not matter."""
+    maps = torch.zeros(3, 2, 8, 8)
+    maps[:, 0, 3, 1] = maps[:, 0, 3, 5] = 2.0
+    maps[:, 1, 7, 7] = 5.0
+    found = concentration(maps, torch.tensor([4.0, 5.0]))
+    assert found.tolist() == pytest.approx([1 / 16, 0.0], abs=1e-6)
+    assert concentration(maps.roll(2, 2), torch.tensor([4.0, 5.0])).tolist() == pytest.approx([1 / 16, 0.0], abs=1e-6)
+    loud = concentration(maps, torch.tensor([0.4, 5.0]))  # ten times its usual mass counts three times
+    assert float(loud[0]) == pytest.approx(3 / 16)
+    silent = torch.zeros(2, 1, 4, 4, requires_grad=True)
+    value = concentration(silent, torch.ones(1)).sum()
+    value.backward()
+    assert value == 0
+    assert silent.grad is not None
+    assert silent.grad.isfinite().all()
+
+
+def test_concentration_pulls_a_map_together() -> None:
+    maps = torch.zeros(1, 1, 5, 5)
+    maps[0, 0, 2, 2], maps[0, 0, 2, 4] = 3.0, 1.0
+    maps.requires_grad_()
+    concentration(maps, torch.ones(1)).sum().backward()
+    assert maps.grad is not None
+    assert maps.grad[0, 0, 2, 2] < 0 < maps.grad[0, 0, 2, 4]
+
+
+def test_gradients_hold_no_subnormal_numbers() -> None:
+    """They made the convolutions' backward pass several times as slow."""
+    maps = torch.rand(16, 3, 13, 13).pow(8)
+    maps = (maps / maps.sum(dim=(2, 3), keepdim=True)).requires_grad_()
+    information_loss(maps, kappa=100.0).sum().backward()
+    assert maps.grad is not None
+    size = maps.grad.abs()
+    assert not ((size > 0) & (size < torch.finfo(torch.float32).tiny)).any()
+    assert (size > 0).any()

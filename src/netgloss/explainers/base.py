@@ -244,8 +244,12 @@ class Explainer(nn.Module):
         """
 
     @classmethod
-    def upper_layers(cls, config: ExplainerConfig, later: Sequence[str]) -> Sequence[str]:
-        """With ``"upper"`` in :meth:`needs`: which of the layers that run ``later`` (in order) are captured as well."""
+    def upper_layers(
+        cls, config: ExplainerConfig, later: Sequence[str], *, learned: Collection[str] | None = None
+    ) -> Sequence[str]:
+        """With ``"upper"`` in :meth:`needs`: which of the layers that run ``later`` (in order) are captured as well;
+        ``learned`` are those of them that have weights, None if it is not known.
+        """
         return ()
 
     def adopt(self, section: nn.Module) -> None:

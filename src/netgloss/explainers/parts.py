@@ -1,217 +1,97 @@
 """PartExplainer: a layer's activation rebuilt from part maps, each of which marks one place of an image, and a rest.
 
-Three convolutions (3 x 3, zero padding 1, biases) read the activation x (B, C, H, W), and a trainable copy of the
-network's own section from this layer up rebuilds the layers above::
+Two convolutions (3 x 3, zero padding 1, biases) read the part maps from the activation x (B, C, H, W), one reads the
+rest, and a trainable copy of the network's own section from this layer up rebuilds the layers above::
 
-    x1 = ReLU(conv1(x)),  x2 = ReLU(conv2(mask(x1)))                          interpretable track; encode(x) = x2
+    x1 = ReLU(conv1(x)),  x2 = ReLU(conv2(x1))                                interpretable track; encode(x) = x2
     xi = mask(x2) / alpha_i,   xo = [ReLU](conv_o(x)) / alpha_o               norm layers: running mean total activation
-    x_enc = s (p xi + (1 - p) xo),   p = sigmoid(w_p)                         s: mean total activation of x's channels
+    x_enc = p W xi + (1 - p) s xo,   p = sigmoid(w_p)                         s: mean total activation of x's channels
     rebuilt = section(x_enc)                                                  a dict of upper layers
-    loss = sum_l |rebuilt_l - x_l|^2 / E|x_l|^2 - eta log p + w mean_f (Loss_f(x1) + Loss_f(x2))
+    loss = sum_l |rebuilt_l - x_l|^2 / E|x_l|^2 - eta log p + w mean_f Loss_f
 
-mask multiplies a map by the unit cone around its peak (a constant in the gradient); Loss_f is the negative mutual
-information (below) on maps divided by their running mean mass, before the mask. No label and no annotation
-is read. ``decode`` knows the part maps alone and so rebuilds from ``s p xi``; ``forward`` rebuilds from both tracks, as
-the loss does. How much the ordinary track carries is given by :meth:`PartExplainer.rebuild` with ``tracks="ordinary"``.
+mask multiplies a map by the unit cone around its peak (a constant in the gradient); Loss_f asks each map for one place
+of an image, before the mask (``part_maps.py``). No label and no annotation is read.
+``decode`` knows the part maps alone and so rebuilds from ``p W xi``; ``forward`` rebuilds from both tracks. In training
+a share of the images is rebuilt from the part maps alone, so that the decision has to pass through them.
+:meth:`PartExplainer.rebuild` gives either track by itself.
 
 p is not identifiable: the decoder may weight either track up again, and ``-eta log p`` alone drives p to 1. It
 describes, it does not prove; the tracks taken one by one do.
 
 Source: Zhang, Yang, Liu, Wu & Zhu, "Unsupervised Learning of Neural Networks to Explain Neural Networks" (arXiv
-1805.07468). Ours: the exact loss in place of the one-template gradient, which needs labels (``single_template`` is the
-label-free rest of it); maps normalised before the loss; s, so that a copied section sees activations of its own
-scale; the ordinary track starts as the identity and the interpretable one at random (a copied start keeps the old maps
-without parts); no ReLU in the ordinary track where the layer itself is signed. Left out: the tap one convolution below
-the first fully connected layer with fewer filters than the tap (here the section starts where the tap ends, so for VGG
-tap the last activation before the pool); the variant that also trains on the classification loss.
+1805.07468). The preset ``published`` keeps to it as far as it is known. The default differs where that fit failed on
+real networks (docs/methods/parts.md):
+
+- The filter loss: the concentration of x2 in place of the mutual information of x1 and x2. The latter also rewards
+  places that are spread evenly over the grid, image by image, so maps leave the parts that have a usual place.
+- The images rebuilt from the part maps alone. Without them the decision stays in the ordinary track.
+- W, a 1 x 1 convolution. Part maps are not negative and have no reason to be the layer's features one by one, which
+  the copied section expects; a signed layer cannot be rebuilt without it.
+- The start: independent components of the layer's rows (FastICA), and W by ridge regression. From a random start the
+  layers above were hardly better than their mean after 30 epochs, and nothing makes maps find different parts. (A
+  copied start keeps the old maps, without parts.)
+- The first convolution's maps are not masked. With that mask the second one sees only what lies around the first
+  peaks, and all maps gather at one place.
+- p has a learning rate of its own: at the rate of the convolutions it cannot leave .5.
+
+Ours in both: the exact mutual information in place of the one-template gradient, which needs labels
+(``single_template`` is the label-free rest of it), on maps divided by their running mean mass; s, so that a copied
+section sees activations of its own scale; the ordinary track starts as the identity; no ReLU in the ordinary track
+where the layer itself is signed. Left out: the tap one convolution below the first fully connected layer with fewer
+filters than the tap (here the section starts where the tap ends, so for VGG tap the last activation before the pool);
+the variant that also trains on the classification loss.
 
 Shape letters: B images, C = K features and filters, H W grid, P positions.
-
-The filter loss of interpretable CNNs: a filter's maps mark one place, or nothing, of each image.
-
-Templates on an H x W map, mu each cell in turn, d the L1 distance in cells, n = max(H, W)::
-
-    T_mu(i, j) = kappa max(1 - beta d((i, j), mu) / n, -1)          T-(i, j) = -kappa
-    p(T) = 1 / (P + 1),  P = H W          s_xT = sum_ij x_ij T_ij          p(x | T) = softmax of s_xT over the images x
-    loss = -MI(X; T) = -sum_T p(T) sum_x p(x | T) r_xT,     r_xT = log p(x | T) - log p(x),  p(x) = sum_T p(T) p(x | T)
-
-The loss lies in [-log min(B, P + 1), 0]. Its gradient in closed form, with q = p(T) and p = p(x | T)::
-
-    d loss / d s_xT = -q p (r_xT - sum_x' p(x' | T) r_x'T)
-
-``single`` keeps one template an image, that of its peak, and holds the denominator of the softmax fixed, as the
-published gradient does: -q p r for that template, 0 for the others. The paper takes T- for images of other categories;
-that needs labels and is left out.
-
-Source: Zhang, Wu & Zhu, "Interpretable Convolutional Neural Networks" (arXiv 1710.00935); the templates' amplitude
-kappa on activations of mean mass 1 stands for tau = 0.5 / n^2 on raw ones, with which the loss vanishes for networks of
-normalised inputs.
-
-Memory: channels are worked off in slices, so that besides the gradient (as large as the maps) no more than
-three tensors of ``_SLICE`` numbers live at a time; (B, C, P + 1) never exists as a whole.
-
-Shape letters: B images, C filters, H W grid, P positions, t = P + 1 templates.
-
-The collapse watch of part maps: which are dead, which always peak at one place, and which peak where others do.
-
-Shape letters: B images, C filters, H W grid, P positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from netgloss.errors import UserError, nearest
 from netgloss.explainers.base import Batch, Explainer, LayerSpec, Rows, TrainingConfig
-
-_SLICE = 1 << 18
-"""Numbers (B x channels x templates) worked off at a time: small enough for the cache."""
-_TINY = 1e-38
-
-
-@lru_cache(maxsize=16)
-def _cones(height: int, width: int, beta: float) -> Tensor:
-    """(P, P) float32: ``max(1 - beta d / n, -1)``, row mu."""
-    rows, columns = torch.arange(height), torch.arange(width)
-    cells = torch.cartesian_prod(rows, columns).float()
-    distance = torch.cdist(cells, cells, p=1)
-    return (1 - beta * distance / max(height, width)).clamp_min(-1)
-
-
-def templates(height: int, width: int, *, beta: float = 4.0, kappa: float = 1.0) -> Tensor:
-    """(P + 1, P) float32: the templates of all cells in row-major order, then the negative one."""
-    cones = _cones(height, width, beta)
-    return kappa * torch.cat([cones, -torch.ones_like(cones[:1])])
-
-
-def peak_mask(maps: Tensor, *, beta: float = 4.0) -> Tensor:
-    """(B, C, H, W) in [0, 1]: the unit-height cone around the largest value of each map, constant in the gradient."""
-    height, width = maps.shape[2:]
-    cones = _cones(height, width, beta).clamp_min(0).to(maps)
-    return cones[maps.detach().flatten(2).argmax(dim=2)].reshape(maps.shape)
-
-
-def filter_loss(maps: Tensor, *, kappa: float, beta: float = 4.0, single: bool = False) -> Tensor:
-    """The loss (C,) of each filter, float32 whatever the maps' type; differentiable in ``maps``.
-
-    Parameters
-    ----------
-    maps : (B, C, H, W) >= 0, of mean mass 1 an image (``sum_ij``) for ``kappa`` to be the templates' amplitude.
-    single : the published one-template gradient instead of the exact one (the value is exact in both cases).
-    """
-    table = templates(*maps.shape[2:], beta=beta, kappa=kappa).to(maps.device)
-    with torch.autocast(maps.device.type, enabled=False):
-        return _FilterLoss.apply(maps.float(), table, single)
-
-
-class _FilterLoss(torch.autograd.Function):
-    """Value and gradient in one pass over slices of channels; the backward pass only scales the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor, table: Tensor, single: bool) -> Tensor:
-        batch, channels = maps.shape[:2]
-        x_BCP = maps.flatten(2)
-        wanted = ctx.needs_input_grad[0]
-        loss_C = maps.new_empty(channels)
-        gradient_BCP = torch.empty_like(x_BCP) if wanted else None
-        step = max(1, _SLICE // (batch * len(table)))
-        for start in range(0, channels, step):
-            part = slice(start, start + step)
-            x_BcP = x_BCP[:, part]
-            s_Bct = x_BcP @ table.T
-            s_Bct -= s_Bct.amax(dim=0)
-            p_Bct = s_Bct.exp()
-            total_ct = p_Bct.sum(dim=0)
-            p_Bct /= total_ct
-            s_Bct -= total_ct.log_()
-            s_Bct -= p_Bct.mean(dim=2, keepdim=True).clamp_min_(_TINY).log_()
-            r_Bct = s_Bct
-            weighted_Bct = p_Bct * r_Bct
-            mean_ct = weighted_Bct.sum(dim=0)
-            loss_C[part] = -mean_ct.mean(dim=1)
-            if gradient_BCP is not None:
-                if single:
-                    peak = x_BcP.argmax(dim=2, keepdim=True)
-                    p_Bct = torch.zeros_like(p_Bct).scatter_(2, peak, weighted_Bct.gather(2, peak))
-                else:
-                    p_Bct = weighted_Bct.sub_(p_Bct.mul_(mean_ct))
-                gradient_BCP[:, part] = p_Bct @ table
-        if gradient_BCP is not None:
-            ctx.save_for_backward(gradient_BCP.mul_(-1 / len(table)).reshape(maps.shape))
-        return loss_C
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][None, :, None, None], None, None
-
-
-FROZEN = 0.95
-"""A map is frozen if it peaks at one place in more than this share of the images where it is active."""
-COINCIDING = 0.5
-"""Part maps coincide if the peaks of more than this share of their pairs coincide, mean over images."""
-
-
-def watch(maps: Tensor) -> dict[str, Tensor]:
-    """Shares of dead maps (never above 0) and of frozen ones (one peak in over 95 % of the images where they are
-    active) in a batch (B, C, H, W).
-    """
-    dead, frozen = dead_and_frozen(peak_counts(maps))
-    return {"dead_share": dead.float().mean(), "frozen_share": frozen.float().mean()}
-
-
-def peak_counts(maps: Tensor) -> Tensor:
-    """(C, P): in how many images (B, C, H, W) each map has its peak, above 0, in each cell."""
-    height, peak = maps.detach().flatten(2).max(dim=2)
-    counts = maps.new_zeros(maps.shape[1], maps.shape[2] * maps.shape[3])
-    return counts.scatter_add_(1, peak.T, (height > 0).T.to(counts))
-
-
-def dead_and_frozen(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) bool each, from :func:`peak_counts`: active nowhere; one peak in over 95 % of at least two images."""
-    active = counts.sum(dim=1)
-    return active == 0, (active > 1) & (counts.amax(dim=1) > FROZEN * active)
-
-
-def coinciding_peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """(C, C) twice: in how many images (B, C, H, W) two maps peak within one cell of each other, and in how many both
-    have a peak.
-    """
-    flat = maps.detach().flatten(2)
-    cell = flat.argmax(dim=2)
-    place_BC2 = torch.stack([cell // maps.shape[3], cell % maps.shape[3]], dim=2).short()
-    active_BC = flat.amax(dim=2) > flat.amin(dim=2)
-    near = torch.zeros(maps.shape[1], maps.shape[1])
-    both = torch.zeros_like(near)
-    for place_C2, active_C in zip(place_BC2.cpu(), active_BC.cpu(), strict=True):
-        pair = active_C[:, None] & active_C
-        near += pair & ((place_C2[:, None] - place_C2).abs().amax(dim=2) <= 1)
-        both += pair
-    return near, both
-
-
-def mean_of_pairs(near: Tensor, both: Tensor) -> float:
-    """Share of the images in which two different maps coincide, mean over pairs; 1 if all look at the same place, NaN
-    of a single map.
-    """
-    shares = near / both
-    return float(shares[~torch.eye(len(shares), dtype=torch.bool)].nanmean())
-
+from netgloss.explainers.part_maps import (
+    FROZEN,
+    coinciding_peaks,
+    concentration,
+    dead_and_frozen,
+    information_loss,
+    mean_of_pairs,
+    peak_counts,
+    peak_mask,
+    watch,
+)
+from netgloss.explainers.rows import sklearn_seed
 
 Tracks = Literal["both", "interpretable", "ordinary"]
 
 _MOMENTUM = 0.1
 _FLOOR = 1e-3
+COINCIDING = 0.5
+"""Part maps coincide if the peaks of more than this share of their pairs coincide, mean over images."""
 _COMPARED = 512
 """Images of the fit over which the peaks of part maps are compared."""
 _START_BATCHES = 8
+_MIXING_BATCHES = 32
+_SAMPLED_ROWS, _QUANTILE_ROWS = 20_000, 10_000
+_SPREAD = 4
+"""One position in so many of an image is read for the start."""
+_START_RATE = 0.1
+"""Share of the positions at which a map is on at the start."""
+_START_NOISE = 0.01
+"""What the start by clusters leaves of the random weights around it."""
+_RIDGE = 1e-3
+_RANK = 1e-6
+"""A direction of less than this share of the largest variance is no component."""
 _MIN_CELLS = 7
 
 
@@ -226,27 +106,40 @@ class PartConfig(TrainingConfig):
     batch_size: int = 64
     """Images a step; the filter loss cannot pass log(batch_size)."""
     lr: float = 1e-3
-    """Learning rate of AdamW for the two tracks and p."""
-    decoder_lr: float = 1e-4
+    """Learning rate of AdamW for the two tracks."""
+    decoder_lr: float = 4e-4
     """Learning rate for the copied section; 0 keeps it as the network has it."""
     upper: tuple[str, ...] = ()
     """Layers to rebuild; default: two fully connected ones, else the last maps and what enters the last layer."""
-    filter_weight: float = 1.0
-    """Weight of the filter loss; 0 leaves a plain autoencoder of two tracks."""
-    kappa: float = 100.0
-    """Amplitude of the templates on maps of mean mass 1 (10 to 100)."""
-    beta: float = 4.0
-    """Steepness of the templates: they are positive within side / beta cells of their centre."""
-    eta: float = 1.0
+    eta: float = 0.1
     """Weight of -log p, which favours the interpretable track."""
+    beta: float = 4.0
+    """Steepness of the masks, and of the templates: positive within side / beta cells of their centre."""
+    kappa: float = 100.0
+    """Amplitude of the templates on maps of mean mass 1 (10 to 100); for the information loss alone."""
     single_template: bool = False
-    """Use the one-template gradient instead of the exact one."""
-    masks: bool = True
-    """Mask the maps around their peaks."""
+    """Use the one-template gradient of the information loss instead of the exact one."""
+    preset: Literal["default", "published"] = "default"
+    """``published`` starts at random, masks the first maps too, has one learning rate, and never sees the part maps
+    alone. The preset gives the values of the options below that are not set."""
+    filter_loss: Literal["concentration", "information"] | None = None
+    """What each map is asked for: one place in an image (default), or the published mutual information."""
+    filter_weight: float | None = None
+    """Weight of that loss (default 3, published 1); 0 leaves a plain autoencoder of two tracks."""
+    alone: float | None = None
+    """Share of a batch's images that are rebuilt from the part maps alone (default 0.5, published 0)."""
+    share_lr: float | None = None
+    """Learning rate of p (default 0.05, published that of the tracks)."""
+    masks: Literal["second", "both", "none"] | None = None
+    """Which maps are masked around their peaks: what the layers above read (default), the first convolution's too
+    (published), or none."""
+    mixing: bool | None = None
+    """Mix the part maps into the layer's features by a 1 x 1 convolution (default yes, published no)."""
     ordinary: bool = True
     """Keep the ordinary track; without it the parts carry everything."""
-    start: Literal["random", "copy"] = "random"
-    """Start of the interpretable track: at random, or as a copy of the layer's own maps."""
+    start: Literal["ica", "kmeans", "random", "copy"] | None = None
+    """Start of the interpretable track: independent components of the layer (default), k-means directions, at random
+    (published), or a copy of the layer's own maps."""
 
     def __post_init__(self) -> None:
         if self.num_concepts < 0:
@@ -255,12 +148,54 @@ class PartConfig(TrainingConfig):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("decoder_lr", "filter_weight", "eta"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise UserError(f"{name} must not be negative, got {value}")
         if self.batch_size < 2:
             raise UserError("batch_size must be at least 2: the filter loss compares images with each other")
-        if self.start not in ("random", "copy"):
-            raise UserError(f"start must be random or copy, got {self.start!r}")
+        if isinstance(self.masks, bool):  # files of version 0.1, which had no mixing
+            object.__setattr__(self, "masks", "both" if self.masks else "none")
+            object.__setattr__(self, "mixing", False)
+            object.__setattr__(self, "filter_loss", "information")
+        for name, known in (
+            ("preset", tuple(_PRESETS)),
+            ("filter_loss", (None, "concentration", "information")),
+            ("start", (None, "ica", "kmeans", "random", "copy")),
+            ("masks", (None, "second", "both", "none")),
+        ):
+            if getattr(self, name) not in known:
+                choices = ", ".join(choice for choice in known if choice)
+                raise UserError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.alone is not None and not 0 <= self.alone <= 1:
+            raise UserError(f"alone is a share of the images, from 0 to 1, got {self.alone}")
+        if self.share_lr is not None and not self.share_lr > 0:
+            raise UserError(f"share_lr must be positive, got {self.share_lr}")
+
+    def chosen(self) -> _Preset:
+        """The options that the preset may give, with its values where they are open."""
+        preset, own = _PRESETS[self.preset], {}
+        for field in dataclasses.fields(preset):
+            if (value := getattr(self, field.name)) is not None:
+                own[field.name] = value
+        found = dataclasses.replace(preset, **own)
+        return found if found.share_lr else dataclasses.replace(found, share_lr=self.lr)
+
+
+@dataclass(frozen=True)
+class _Preset:
+    filter_loss: str
+    filter_weight: float
+    alone: float
+    share_lr: float
+    """0: the rate of the tracks."""
+    masks: str
+    mixing: bool
+    start: str
+
+
+_PRESETS = {
+    "default": _Preset("concentration", 3.0, 0.5, 0.05, "second", True, "ica"),
+    "published": _Preset("information", 1.0, 0.0, 0.0, "both", False, "random"),
+}
 
 
 class PartExplainer(Explainer):
@@ -270,6 +205,7 @@ class PartExplainer(Explainer):
     ----------
     parts : the two convolutions of the interpretable track.
     rest : the convolution of the ordinary track; None with ``ordinary=False``.
+    mix : W, the 1 x 1 convolution from part maps to the layer's features; None with ``mixing=False``.
     section : the decoder, given by :meth:`adopt`; activation -> dict of upper layers.
     mass : buffer (2, C), running mean total activation of x1 and x2 (for the loss).
     alpha : buffer (2, C), the same of the two tracks (the norm layers).
@@ -307,20 +243,10 @@ class PartExplainer(Explainer):
         if min(spec.grid) < _MIN_CELLS:
             height, width = spec.grid
             self.notes.append(f"a grid of {height} x {width} cells is coarse for parts: tap an earlier layer")
-        tracks = [nn.Conv2d(features, features, 3, padding=1) for _ in range(2)]
-        self.parts = nn.ModuleList(tracks)
-        for conv in tracks:
-            if config.start == "copy":
-                nn.init.dirac_(conv.weight)
-            else:
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
-        self.rest = nn.Conv2d(features, features, 3, padding=1) if config.ordinary else None
-        if self.rest is not None:
-            nn.init.dirac_(self.rest.weight)
-            assert self.rest.bias is not None
-            nn.init.zeros_(self.rest.bias)
+        self.chosen = config.chosen()
+        self.parts = nn.ModuleList(_convolution(features, identity=self.chosen.start == "copy") for _ in range(2))
+        self.rest = _convolution(features, identity=True) if config.ordinary else None
+        self.mix = _convolution(features, identity=True, side=1) if self.chosen.mixing else None
         self.share = nn.Parameter(torch.zeros(())) if config.ordinary else None
         self.register_buffer("mass", torch.ones(2, features))
         self.register_buffer("alpha", torch.ones(2, features))
@@ -341,13 +267,15 @@ class PartExplainer(Explainer):
         return [f"part {k}" for k in range(self.num_concepts)]
 
     @classmethod
-    def upper_layers(cls, config: PartConfig, later: Sequence[str]) -> Sequence[str]:  # type: ignore[override]
+    def upper_layers(  # type: ignore[override]
+        cls, config: PartConfig, later: Sequence[str], *, learned: Collection[str] | None = None
+    ) -> Sequence[str]:
         """``config.upper``, or by the names of the layers: see :func:`choose_upper`."""
         for name in config.upper:
             if name not in later:
                 hint = nearest(name, later) or list(later)[-5:]
                 raise UserError(f"upper layer {name!r} does not run after the explained one; choose {', '.join(hint)}")
-        return config.upper or choose_upper(later)
+        return config.upper or choose_upper(later, learned)
 
     def adopt(self, section: nn.Module) -> None:
         """Takes the decoder; it stays in eval mode (its running statistics are the network's)."""
@@ -409,10 +337,11 @@ class PartExplainer(Explainer):
     def _maps(self, activation: Tensor) -> tuple[Tensor, Tensor]:
         """x1 and x2, both before their masks."""
         first = self.parts[0](activation / self.unit).relu()
-        return first, self.parts[1](self._masked(first)).relu()
+        between = self._masked(first) if self.chosen.masks == "both" else first
+        return first, self.parts[1](between).relu()
 
     def _masked(self, maps: Tensor) -> Tensor:
-        return maps * peak_mask(maps, beta=self.config.beta) if self.config.masks else maps
+        return maps if self.chosen.masks == "none" else maps * peak_mask(maps, beta=self.config.beta)
 
     def _rest(self, activation: Tensor) -> Tensor:
         assert self.rest is not None
@@ -420,24 +349,25 @@ class PartExplainer(Explainer):
         return found.relu() if self.spec.nonnegative else found
 
     def _weighted_parts(self, maps: Tensor) -> Tensor:
-        """S p xi of part maps x2."""
+        """P W xi of part maps x2; p s xi without mixing."""
         weight = 1.0 if self.share is None else self.share.sigmoid()
         masked = self._masked(maps)
-        return weight * self._normed(masked, masked.sum(dim=(2, 3)), 0)
+        normed = self._normed(masked, masked.float().sum(dim=(2, 3)), 0)
+        return weight * (normed * self.scale[:, None, None] if self.mix is None else self.mix(normed))
 
     def _weighted_rest(self, activation: Tensor) -> Tensor:
         """S (1 - p) xo."""
         if self.share is None:
             return torch.zeros_like(activation)
         rest = self._rest(activation)
-        return (1 - self.share.sigmoid()) * self._normed(rest, self._total(rest), 1)
+        return (1 - self.share.sigmoid()) * self._normed(rest, self._total(rest), 1) * self.scale[:, None, None]
 
     def _normed(self, values: Tensor, total: Tensor, track: int) -> Tensor:
-        """S values / alpha; in training alpha is the batch's, with its gradient, as in batch normalisation: else the
+        """Values / alpha; in training alpha is the batch's, with its gradient, as in batch normalisation: else the
         rebuilding would shrink the part maps to nothing.
         """
         alpha = total.mean(dim=0) if self.training else self.alpha[track]
-        return values * (self.scale / _floored(alpha))[:, None, None]
+        return values / _floored(alpha)[:, None, None]
 
     def _upper(self, enc: Tensor) -> dict[str, Tensor]:
         if self.section is None:
@@ -470,14 +400,58 @@ class PartExplainer(Explainer):
         self.scale.copy_(mass / count)
         self.energy.copy_(energy / count)
         self.unit.copy_((squares / cells).sqrt())
+        if self.chosen.start in ("ica", "kmeans"):
+            self._start_from_directions(rows, seed)
         seen = [self._totals(batch.activation) for batch in islice(rows.examples(()), _START_BATCHES)]
         mass_2C, alpha_2C = (torch.stack(values).mean(dim=0) for values in zip(*seen, strict=True))
         self.mass.copy_(mass_2C)
         self.alpha.copy_(alpha_2C)
+        if self.mix is not None:
+            self._start_mixing(rows)
+
+    def _start_from_directions(self, rows: Rows, seed: int) -> None:
+        """The first convolution reads each position by directions of the layer's rows, with a bias that leaves a map on
+        at a tenth of the positions; the second one starts close to the identity.
+        """
+        sample = _positions(rows, max(_SAMPLED_ROWS, 4 * self.num_concepts), self.spec.grid, seed) / self.unit
+        centre = sample.mean(dim=0)
+        centred = sample - centre
+        directions = torch.zeros(0, sample.shape[1])
+        if self.chosen.start == "ica":
+            directions = _independent(centred, seed)
+        if (left := self.num_concepts - len(directions)) > 0:
+            directions = torch.cat([directions, _clustered(centred, left, seed)])
+        level = torch.quantile(centred[:_QUANTILE_ROWS] @ directions.T, 1 - _START_RATE, dim=0)
+        first, second = (cast(nn.Conv2d, part) for part in self.parts)
+        assert first.bias is not None
+        first.weight.mul_(_START_NOISE)
+        first.weight[:, :, 1, 1] = directions
+        first.bias.copy_(-(directions @ centre) - level)
+        second.weight.mul_(_START_NOISE)
+        second.weight.add_(nn.init.dirac_(torch.empty_like(second.weight)))
+
+    def _start_mixing(self, rows: Rows) -> None:
+        """W by ridge regression of the activation on the masked and normalised part maps."""
+        assert self.mix is not None
+        weight = 1.0 if self.share is None else float(self.share.sigmoid())
+        inner, outer = torch.zeros(2, self.num_concepts + 1, self.num_concepts + 1, dtype=torch.float64)
+        outer = outer[:, :-1]
+        for batch in islice(rows.examples(()), _MIXING_BATCHES):
+            masked = self._masked(self._maps(batch.activation)[1])
+            maps = weight * masked / _floored(self.alpha[0])[:, None, None]
+            maps_PC = maps.movedim(1, -1).flatten(0, -2).double()
+            maps_PC = torch.cat([maps_PC, torch.ones_like(maps_PC[:, :1])], dim=1)
+            inner += maps_PC.T @ maps_PC
+            outer += maps_PC.T @ batch.activation.movedim(1, -1).flatten(0, -2).double()
+        ridge = _RIDGE * inner.diagonal()[:-1].mean() * torch.eye(len(inner), dtype=torch.float64)
+        found = torch.linalg.solve(inner + ridge, outer)
+        self.mix.weight.copy_(found[:-1].T[:, :, None, None])
+        assert self.mix.bias is not None
+        self.mix.bias.copy_(found[-1] / weight)
 
     def _total(self, values: Tensor) -> Tensor:
         """(B, C) total activation: of the positive part, or the absolute one where the layer is signed."""
-        return (values.relu() if self.spec.nonnegative else values.abs()).sum(dim=(2, 3))
+        return (values.relu() if self.spec.nonnegative else values.abs()).float().sum(dim=(2, 3))
 
     def _totals(self, activation: Tensor) -> tuple[Tensor, Tensor]:
         """Mean masses (2, C) of x1 and x2, and of the two tracks' outputs, over one batch."""
@@ -489,8 +463,8 @@ class PartExplainer(Explainer):
     def _batch_totals(
         self, first: Tensor, second: Tensor, masked: Tensor, rest: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        mass = torch.stack([values.sum(dim=(2, 3)).mean(dim=0) for values in (first, second)])
-        own = masked.sum(dim=(2, 3)).mean(dim=0)
+        mass = torch.stack([values.float().sum(dim=(2, 3)).mean(dim=0) for values in (first, second)])
+        own = masked.float().sum(dim=(2, 3)).mean(dim=0)
         return mass, torch.stack([own, torch.ones_like(own) if rest is None else self._total(rest).mean(dim=0)])
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -503,33 +477,51 @@ class PartExplainer(Explainer):
                 for running, now in zip((self.mass, self.alpha), found, strict=True):
                     running.lerp_(now, _MOMENTUM)
             self._watch = watch(second)
-        rebuilt = self._upper(self._weighted_parts(second) + self._weighted_rest(batch.activation))
-        terms = {
-            f"rebuild {name}": (rebuilt[name] - target).square().flatten(1).sum(dim=1).mean() / energy
-            for (name, target), energy in zip(batch.upper.items(), self.energy, strict=True)
-        }
-        if self.config.filter_weight:
-            each = [
-                filter_loss(
-                    maps / _floored(mass)[:, None, None],
-                    kappa=self.config.kappa,
-                    beta=self.config.beta,
-                    single=self.config.single_template,
-                ).mean()
-                for maps, mass in zip((first, second), self.mass, strict=True)
-            ]
-            terms["filter"] = self.config.filter_weight * torch.stack(each).sum()
+        terms = self._rebuilding(batch, second)
+        if self.chosen.filter_weight:
+            terms["filter"] = self.chosen.filter_weight * self._filter_loss(first, second)
         if self.share is not None and self.config.eta:
             terms["eta"] = -self.config.eta * nn.functional.logsigmoid(self.share)
         return terms
 
+    def _filter_loss(self, first: Tensor, second: Tensor) -> Tensor:
+        """Mean over filters: of the part maps' spatial variance, or of the information loss of both convolutions."""
+        if self.chosen.filter_loss == "concentration":
+            return concentration(second, _floored(self.mass[1])).mean()
+        kappa, beta, single = self.config.kappa, self.config.beta, self.config.single_template
+        each = [
+            information_loss(maps / _floored(mass)[:, None, None], kappa=kappa, beta=beta, single=single).mean()
+            for maps, mass in zip((first, second), self.mass, strict=True)
+        ]
+        return torch.stack(each).sum()
+
+    def _rebuilding(self, batch: Batch, second: Tensor) -> dict[str, Tensor]:
+        """Relative squared errors of each upper layer, of the images that are rebuilt from both tracks and of those
+        that are rebuilt from the part maps alone; their sum is the mean over the batch.
+        """
+        count = len(second)
+        alone = round(count * self.chosen.alone) if self.share is not None else 0
+        enc = self._weighted_parts(second)
+        both = (torch.randperm(count) >= alone).to(enc)
+        if self.share is not None:
+            enc = enc + self._weighted_rest(batch.activation) * both[:, None, None, None]
+        rebuilt = self._upper(enc)
+        terms = {}
+        for (name, target), energy in zip(batch.upper.items(), self.energy, strict=True):
+            error = (rebuilt[name].float() - target).square().flatten(1).sum(dim=1) / (energy * count)
+            if alone < count:
+                terms[f"rebuild {name}"] = (error * both).sum()
+            if alone:
+                terms[f"rebuild {name} from parts"] = (error * (1 - both)).sum()
+        return terms
+
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW; the section at its own rate, no decay of w_p."""
+        """AdamW; the section and w_p at rates of their own, no decay of w_p."""
         assert self.section is not None
-        tracks = [*self.parts.parameters(), *([] if self.rest is None else self.rest.parameters())]
+        tracks = [p for part in (self.parts, self.rest, self.mix) if part is not None for p in part.parameters()]
         groups = [{"params": tracks, "lr": self.config.lr}]
         if self.share is not None:
-            groups.append({"params": [self.share], "lr": self.config.lr, "weight_decay": 0.0})
+            groups.append({"params": [self.share], "lr": self.chosen.share_lr, "weight_decay": 0.0})
         if self.config.decoder_lr > 0:
             groups.append({"params": list(self.section.parameters()), "lr": self.config.decoder_lr})
         return torch.optim.AdamW(groups, lr=self.config.lr)
@@ -570,15 +562,65 @@ class PartExplainer(Explainer):
             )
 
 
-def choose_upper(later: Sequence[str]) -> tuple[str, ...]:
-    """Which layers to rebuild, by the names of those that run later (in order).
+def _positions(rows: Rows, number: int, grid: tuple[int, ...], seed: int) -> Tensor:
+    """(n, C) activations at random positions, n at most ``number``."""
+    images = math.ceil(_SPREAD * number / math.prod(grid))
+    every = rows.sample(images, seed=seed).movedim(1, -1).flatten(0, -2).float()
+    return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:number]]
+
+
+def _independent(rows: Tensor, seed: int) -> Tensor:
+    """Unit directions (n, C) of the independent components of centred rows (N, C), n their rank; each towards its
+    longer tail, so that it is rarely and strongly on.
+    """
+    from sklearn.decomposition import FastICA
+
+    variance = torch.linalg.svdvals(rows.T.double() @ rows.double())
+    rank = int((variance > _RANK * variance[0]).sum())
+    ica = FastICA(rank, whiten="unit-variance", max_iter=100, tol=1e-2, random_state=sklearn_seed(seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a start need not have converged
+        ica.fit(rows.numpy())
+    directions = nn.functional.normalize(torch.from_numpy(ica.components_).to(rows), dim=1)
+    return directions * (rows @ directions.T).pow(3).mean(dim=0).sign()[:, None]
+
+
+def _clustered(rows: Tensor, number: int, seed: int) -> Tensor:
+    """Unit directions (number, C) of centred rows (N, C) by spherical k-means; of few rows, random ones fill up."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    clusters = min(number, max(1, len(rows) // 4))
+    kmeans = MiniBatchKMeans(clusters, n_init=1, batch_size=4096, random_state=sklearn_seed(seed))
+    centres = torch.from_numpy(kmeans.fit(nn.functional.normalize(rows, dim=1).numpy()).cluster_centers_).to(rows)
+    draw = torch.Generator().manual_seed(seed)
+    centres = torch.cat([centres, torch.randn(number - clusters, rows.shape[1], generator=draw)])
+    return nn.functional.normalize(centres, dim=1)
+
+
+def _convolution(features: int, *, identity: bool, side: int = 3) -> nn.Conv2d:
+    conv = nn.Conv2d(features, features, side, padding=side // 2)
+    if identity:
+        nn.init.dirac_(conv.weight)
+    else:
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def choose_upper(later: Sequence[str], learned: Collection[str] | None = None) -> tuple[str, ...]:
+    """Which layers to rebuild, by the names of those that run later (in order) and of those of them that have weights.
 
     The last one is what enters the last layer. Three layers before it in the same block is, in networks of fully
     connected layers (linear, ReLU, dropout), the one before; else the last layer of the block before is taken too.
+    Where the last layer has no weights (the mean over class maps of SqueezeNet), its output is rebuilt as well: it
+    holds the pooled features, which here are the logits.
     """
     leaves = [name for name in later if not any(other.startswith(f"{name}.") for other in later)]
     if len(leaves) < 2:
         raise UserError("there is no layer between the explained one and the logits to rebuild: choose an earlier one")
+    if learned is not None and leaves[-1] not in learned and len(leaves) > 2:
+        return leaves[-2], leaves[-1]
     last, parent = leaves[-2], leaves[-2].rpartition(".")[0]
     if len(leaves) > 4 and parent and leaves[-5].rpartition(".")[0] == parent:
         return leaves[-5], last

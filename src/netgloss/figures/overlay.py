@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+OUTLINES = ("#ffd92f", "#66c2ff", "#ff7f7f", "#8ee07a", "#e6a3ff", "#ffb366")
+"""Colours of outlines that are drawn over one image, readable on dark ground."""
+
 
 def overlay_map(
     image: Array, concept_map: Array, *, low: float | None = None, high: float | None = None, alpha: float = 0.75
@@ -116,9 +119,15 @@ def image_explanation(shown: ExplainedImage) -> Figure:
     layout = figure.add_gridspec(rows + 1, columns, height_ratios=[2.15] * rows + [0.24 * len(bars) + 0.6])
     axes = figure.add_subplot(layout[0, 0])
     _show(axes, shown.picture, None)
-    axes.set_title("image", fontsize=8, color=INK)
+    together = len(panels) > 1 and not shown.weighted
+    axes.set_title("outlines: strongest regions" if together else "image", fontsize=8, color=INK)
     for place, k in enumerate(panels, start=1):
-        _draw_map(figure.add_subplot(layout[place // columns, place % columns]), shown, k)
+        own = figure.add_subplot(layout[place // columns, place % columns])
+        _draw_map(own, shown, k)
+        if together:
+            colour = OUTLINES[(place - 1) % len(OUTLINES)]
+            _outline(axes, shown, k, colour)
+            own.title.set_backgroundcolor(colour)
     axes = bare(figure.add_subplot(layout[rows, :]))
     values = [value for _, value in bars]
     axes.barh(range(len(bars)), values, color=[VALUE if v >= 0 else AGAINST for v in values], height=0.7)
@@ -163,6 +172,16 @@ def _draw_map(axes: Axes, shown: ExplainedImage, k: int) -> None:
     _show(axes, shown.picture, concept_map, low=low, high=high, threshold=high / 2)
     caption = f"{brief(shown.names[k], 18)}  {number(shown.contributions[k], signed=True)}"
     axes.set_title(caption, fontsize=8, color=INK, parse_math=False)
+
+
+def _outline(axes: Axes, shown: ExplainedImage, k: int, colour: str) -> None:
+    """The region where a concept's map passes half of its maximum."""
+    values = _upsample(np.asarray(shown.maps[k], dtype=np.float32), *np.asarray(shown.picture).shape[:2])
+    top = float(values.max())
+    if not values.min() < top / 2 < top:
+        return
+    for tone, line in (("black", 3.0), (colour, 1.6)):
+        axes.contour(values, levels=[top / 2], colors=tone, linewidths=line)
 
 
 def weighted_overlay(image: Array, concept_map: Array, strength: float) -> npt.NDArray[np.float32]:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,11 @@ from netgloss.errors import UserError
 
 TOP = 100
 """Images that the authors' definition keeps of each landmark."""
+NEAR = 0.1
+"""A peak this close to a landmark, as a share of the diagonal, is on it."""
 _SHUFFLES = 10
+_FEWEST = 8
+"""Images that a landmark needs for a choice on one half to be counted on the other."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,111 @@ def _deviation(values: Tensor) -> Tensor:
     return torch.where(count > 1, (squares / (count - 1).clamp_min(1)).sqrt(), math.nan)
 
 
+@dataclass(frozen=True)
+class Followed:
+    """How often the best concept of each landmark peaks on it.
+
+    Attributes
+    ----------
+    hits : (L,) share of the images that show a landmark in which its best concept peaks near it; NaN with fewer than
+        eight images.
+    chance : (L,) the same, chosen and counted in the same way, when the peaks are permuted over the images.
+    best : (L,) index of that concept.
+    """
+
+    hits: Tensor
+    chance: Tensor
+    best: Tensor
+
+    @property
+    def found(self) -> Tensor:
+        """(L,) bool: hit in at least half of the images, and in a quarter of those that chance misses."""
+        gain = self.hits - self.chance
+        return (self.hits >= 0.5) & (gain > 0) & (gain >= 0.25 * (1 - self.chance))
+
+
+def followed(
+    peaks: Peaks, landmarks: Tensor, *, diagonal: float, radius: float = NEAR, shuffles: int = _SHUFFLES, seed: int = 0
+) -> Followed:
+    """Which landmarks some concept follows. The concept is chosen on half of the images and counted on the other half,
+    both ways, so that a choice among many concepts gains nothing.
+
+    Parameters
+    ----------
+    landmarks : (N, L, 2) pixels, NaN where an image does not have the landmark exactly once.
+    diagonal : of the network's input in pixels.
+    radius : a peak within this share of the diagonal is a hit.
+
+    Raises
+    ------
+    UserError : peaks and landmarks of different numbers of images.
+    """
+    if len(peaks.places) != len(landmarks):
+        raise UserError(f"peaks of {len(peaks.places)} images came with landmarks of {len(landmarks)}")
+    generator = torch.Generator().manual_seed(seed)
+    hits, chance, best = [], [], []
+    for k in range(landmarks.shape[1]):
+        has = landmarks[:, k, 0].isfinite().nonzero().flatten()
+        if len(has) < _FEWEST:
+            hits.append(math.nan)
+            chance.append(math.nan)
+            best.append(-1)
+            continue
+        has = has[torch.randperm(len(has), generator=generator)]
+        here, target = peaks.of(has), landmarks[has, k].double()
+        rate, concept = _hit_rate(here, target, radius * diagonal)
+        orders = [torch.randperm(len(has), generator=generator) for _ in range(shuffles)]
+        hits.append(rate)
+        chance.append(math.fsum(_hit_rate(here.of(o), target, radius * diagonal)[0] for o in orders) / shuffles)
+        best.append(concept)
+    return Followed(torch.tensor(hits).double(), torch.tensor(chance).double(), torch.tensor(best))
+
+
+def _hit_rate(peaks: Peaks, target_N2: Tensor, reach: float) -> tuple[float, int]:
+    """Hits of the concept that is best on the other half of the images, and the best one over all."""
+    near_NK = (peaks.places - target_N2[:, None]).norm(dim=2) <= reach
+    near_NK = (near_NK & peaks.strength.isfinite()).double()
+    first, second = near_NK[::2], near_NK[1::2]
+    found = second[:, first.mean(dim=0).argmax()].sum() + first[:, second.mean(dim=0).argmax()].sum()
+    return float(found) / len(near_NK), int(near_NK.mean(dim=0).argmax())
+
+
+def regression_error(peaks: Peaks, landmarks: Tensor, *, diagonal: float, folds: int = 3) -> tuple[float, float]:
+    """Error of a linear regression of landmarks from the places of all concepts' peaks, as a share of the diagonal.
+
+    The mean distance on images that the regression has not seen (``folds`` folds, ridge penalty chosen within), mean
+    over landmarks; and the same for the mean place of each landmark, which reads no concept. The measure of
+    unsupervised part discovery (for example PDiscoNet, arXiv 2309.03173). Concepts without a peak take their mean.
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import KFold
+
+    lost = peaks.strength == -math.inf
+    places = peaks.places.masked_fill(lost[:, :, None], math.nan)
+    centre = places.nanmean(dim=0).nan_to_num(0.0)
+    inputs = (torch.where(places.isnan(), centre, places) - centre).flatten(1).numpy() / diagonal
+    errors = []
+    for k in range(landmarks.shape[1]):
+        has = landmarks[:, k, 0].isfinite().numpy()
+        x, y = inputs[has], landmarks[has][:, k].double().numpy() if has.any() else None
+        if len(x) < 2 * folds or y is None:
+            continue
+        found, mean = [], []
+        for train, test in KFold(folds, shuffle=True, random_state=0).split(x):
+            model = RidgeCV(alphas=(0.1, 1.0, 10.0)).fit(x[train], y[train])
+            found.append(_mean_distance(model.predict(x[test]), y[test]))
+            mean.append(_mean_distance(y[train].mean(axis=0), y[test]))
+        errors.append((sum(found) / folds, sum(mean) / folds))
+    if not errors:
+        return math.nan, math.nan
+    own, mean_place = (math.fsum(values) / len(errors) / diagonal for values in zip(*errors, strict=True))
+    return own, mean_place
+
+
+def _mean_distance(found: np.ndarray, true: np.ndarray) -> float:
+    return float(np.linalg.norm(found - true, axis=1).mean())
+
+
 def trivial_peaks(
     landmarks: Tensor, *, grid: tuple[int, int], size: tuple[int, int], seed: int = 0
 ) -> dict[str, Peaks]:
@@ -176,15 +286,32 @@ def trivial_peaks(
     }
 
 
+def located(
+    peaks: Peaks,
+    landmarks: Tensor,
+    *,
+    diagonal: float,
+    top: int | None = TOP,
+    shuffles: int = _SHUFFLES,
+    seed: int = 0,
+) -> dict[str, float]:
+    """:meth:`Location.means` and, over all images (``top=None``), ``landmark_hits`` and ``parts_found``."""
+    means = locate(peaks, landmarks, diagonal=diagonal, top=top, shuffles=shuffles, seed=seed).means()
+    if top is not None:
+        return means
+    seen = followed(peaks, landmarks, diagonal=diagonal, shuffles=shuffles, seed=seed)
+    return {**means, "landmark_hits": float(seen.hits.nanmean()), "parts_found": float(seen.found.sum())}
+
+
 def bootstrap(
     peaks: Peaks, landmarks: Tensor, *, diagonal: float, top: int | None = TOP, replicates: int = 100, seed: int = 0
 ) -> dict[str, Tensor]:
-    """(replicates,) of each of :meth:`Location.means`, over images drawn with replacement."""
+    """(replicates,) of each of :func:`located`, over images drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[float]] = {}
     for r in range(replicates):
         images = torch.randint(len(landmarks), (len(landmarks),), generator=generator)
-        means = locate(peaks.of(images), landmarks[images], diagonal=diagonal, top=top, shuffles=2, seed=r).means()
+        means = located(peaks.of(images), landmarks[images], diagonal=diagonal, top=top, shuffles=2, seed=r)
         for name, value in means.items():
             found.setdefault(name, []).append(value)
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}

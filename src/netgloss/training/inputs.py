@@ -34,7 +34,8 @@ def upper_layers(cls: type[Explainer], config: ExplainerConfig, classifier: Clas
     if "upper" not in cls.needs(config):
         return ()
     later = later_layers(classifier, layer, input_shape=classifier.input_shape)
-    return tuple(cls.upper_layers(config, later))
+    learned = {name for name in later if any(True for _ in classifier.net.get_submodule(name).parameters())}
+    return tuple(cls.upper_layers(config, later, learned=learned))
 
 
 def open_stream(

@@ -19,7 +19,7 @@ from netgloss.activations import Store
 from netgloss.activations.layer import split_store
 from netgloss.data.sources import open_sources
 from netgloss.errors import UserError
-from netgloss.explainers.parts import coinciding_peaks, mean_of_pairs, peak_mask
+from netgloss.explainers.part_maps import coinciding_peaks, mean_of_pairs, peak_mask
 from netgloss.explanations.part_galleries import distinct_filters, strongest_images, track_shares
 from netgloss.runs.run import Run, save_figure
 
