@@ -122,8 +122,8 @@ def store_of(name: str, study: StudyOf, data: Path, runs: Path) -> tuple[Any, An
 
 def fit_arms(options: argparse.Namespace) -> None:
     """Fits what is asked for and not there yet; an interrupted fit continues."""
+    from netgloss import Execution
     from netgloss.explainers.parts import PartConfig
-    from netgloss.training import make_fabric
     from netgloss.workflows.fit import fit
 
     study, runs = STUDIES[options.study], options.runs / options.study
@@ -140,7 +140,7 @@ def fit_arms(options: argparse.Namespace) -> None:
             runs / f"{arm}-{seed}",
             config=PartConfig(**{**config, **ARMS[arm]}),
             seeds=[int(seed)],
-            fabric=make_fabric("cpu", precision=study.precision),
+            device=Execution("cpu", precision=study.precision),
             classifier=classifier,
             source=source,
         )

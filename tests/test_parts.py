@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -424,8 +425,8 @@ def test_galleries_and_shares(run: Run, tmp_path: Path) -> None:
     _, record = parts(run, source, out=tmp_path, filters=100, columns=1, distinct=1e-6)
     shown = json.loads(record.read_text())["filters"]
     apart = [entry["filter"] for entry in shown]
-    assert len(apart) + len({k for entry in shown for k in entry["alike"]}) <= run.explainer.num_concepts
-    assert not {k for entry in shown for k in entry["alike"]} & set(apart)
+    assert len(apart) + len({k for entry in shown for k in entry["coinciding"]}) <= run.explainer.num_concepts
+    assert not {k for entry in shown for k in entry["coinciding"]} & set(apart)
     store = Store.open(run.manifest["store"])
     explainer = start(ordinary=False)
     assert track_shares(explainer, store, "block4", store.valid) == {}
@@ -450,3 +451,12 @@ def test_strongest_images_pass_the_level_of_rare_activations() -> None:
     maps[3, 0, 0], maps[7, 1, 1], maps[9, 0, 1] = 2.0, 5.0, 3.0
     assert strongest_images(maps, 2).tolist() == [7, 9]
     assert strongest_images(torch.zeros(10, 2, 2), 5).tolist() == []
+
+
+def test_strongest_images_are_of_several_classes() -> None:
+    maps = torch.zeros(12, 40, 40)
+    maps[:, 0, 0] = torch.arange(1.0, 13.0)
+    classes = np.array([1, 2, 1, 2, 1, 2, 0, 0, 0, 0, 0, 0])
+    assert strongest_images(maps, 6).tolist() == [11, 10, 9, 8, 7, 6]
+    assert strongest_images(maps, 6, classes).tolist() == [11, 10, 5, 4, 3, 2]
+    assert strongest_images(maps, 12, np.zeros(12)).tolist() == list(range(11, -1, -1))

@@ -8,6 +8,7 @@ Shape letters: B images, K concepts, H W grid.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -33,16 +34,31 @@ def distinct_filters(order: Sequence[int], shares: Tensor, distinct: float) -> I
         yield k, same
 
 
-def strongest_images(maps: Tensor, count: int) -> Tensor:
+def strongest_images(maps: Tensor, count: int, classes: np.ndarray | None = None) -> Tensor:
     """Images (B, H, W) of one filter whose peak passes the level exceeded by 0.3 % of its activations, strongest
-    first, at most ``count``; those of a dead filter are none.
+    first, at most ``count``; those of a dead filter are none. With ``classes`` (B,), at most a third are of one class,
+    as long as others pass the level.
     """
     values = maps.flatten().float()
     sampled = values[:: max(1, len(values) // _SAMPLED)]
     level = torch.quantile(sampled, 1 - _RARE)
     peaks = maps.flatten(1).amax(dim=1).float()
-    order = peaks.argsort(descending=True)[:count]
-    return order[(peaks[order] >= level) & (peaks[order] > float(values.min()))]
+    order = peaks.argsort(descending=True)
+    order = order[(peaks[order] >= level) & (peaks[order] > float(values.min()))]
+    if classes is not None:
+        order = _spread(order, classes, -(-count // 3))
+    return order[:count]
+
+
+def _spread(order: Tensor, classes: np.ndarray, most: int) -> Tensor:
+    """The order, with images of a class beyond its first ``most`` at the end."""
+    seen: Counter[int] = Counter()
+    first: list[int] = []
+    later: list[int] = []
+    for i in order.tolist():
+        seen[int(classes[i])] += 1
+        (first if seen[int(classes[i])] <= most else later).append(i)
+    return torch.tensor(first + later, dtype=torch.long)
 
 
 def track_shares(explainer: Explainer, store: Store, layer: str, images: np.ndarray) -> dict[str, float]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 _DARK = 0.35
+_CAPTION = 1.5
+"""Width of a caption, in pictures."""
 
 
 def part_gallery(
@@ -36,17 +38,22 @@ def part_gallery(
     Parameters
     ----------
     rows : for each filter, (image (H, W, 3) in [0, 1], map (h, w), landmark (x, y) in pixels or None) of each picture.
-    captions : one per row.
+    captions : one per row, of several lines.
     """
     if not rows or len(rows) != len(captions) or not all(rows):
         raise UserError(f"expected as many captions as rows of pictures, got {len(captions)} and {len(rows)}")
     columns = max(map(len, rows))
-    figure = new_figure(1.15 * columns + 1.0, 1.2 * len(rows) + (0.4 if title else 0.1))
+    figure = new_figure(1.15 * (columns + _CAPTION), 1.2 * len(rows) + (0.4 if title else 0.1))
+    grid = figure.add_gridspec(len(rows), columns + 1, width_ratios=[_CAPTION, *[1.0] * columns])
     if title:
         figure.suptitle(brief(title, 16 * columns), color=INK, fontsize=10, parse_math=False)
     for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        words = figure.add_subplot(grid[r, 0])
+        words.set_axis_off()
+        lines = "\n".join(brief(line, 26) for line in caption.split("\n"))
+        words.text(1.0, 0.5, lines, fontsize=7, color=INK, ha="right", va="center", parse_math=False)
         for c, (image, part_map, landmark) in enumerate(row):
-            axes = figure.add_subplot(len(rows), columns, r * columns + c + 1)
+            axes = figure.add_subplot(grid[r, c + 1])
             axes.set_xticks([])
             axes.set_yticks([])
             for side in axes.spines.values():
@@ -61,6 +68,4 @@ def part_gallery(
                 axes.plot([landmark[0]], [landmark[1]], "x", color="white", markersize=5, markeredgewidth=1.2)
             axes.set_xlim(0, width)
             axes.set_ylim(height, 0)
-            if c == 0:
-                axes.set_ylabel(brief(caption, 40), fontsize=7, color=INK, parse_math=False)
     return figure

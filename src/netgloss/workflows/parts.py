@@ -1,7 +1,9 @@
 """Parts: galleries of a run whose concepts have maps, and how much each track contributes.
 
-The map is masked around its peak, as the fit does (look at the unmasked one too: a mask makes any map look like a
-part). Filters often find the same place: those that coincide with a filter already shown are skipped and counted.
+Each row is one distinct part: its name (from masks, where the run has labels), the classes whose logits it adds most to,
+and its strongest images, at most a third of them of one class. The map is masked around its peak, as the fit does (look at
+the unmasked one too: a mask makes any map look like a part). Filters often find the same place: those that coincide with a
+filter already shown are skipped and counted.
 
 Shape letters: B images, K concepts, H W grid.
 """
@@ -70,14 +72,15 @@ def parts(
         run.classifier().preprocessing if run.network is None else (run.network.preprocessing),
     )
     maps = _maps(explainer, store, run.layer, chosen_from)
-    order, importance = _order(run, maps)
+    order, known = _order(run, maps)
+    decided = _decided(store, chosen_from)
     near, both = coinciding_peaks(maps)
     rows: list[list[Any]] = []
     captions, records = [], []
     for k, same in distinct_filters(order, near / both, distinct):
         if len(rows) == filters:
             break
-        chosen = strongest_images(maps[:, k], columns)
+        chosen = strongest_images(maps[:, k], columns, decided)
         if not len(chosen):
             continue
         whole = maps[chosen, k][:, None].float()
@@ -87,12 +90,15 @@ def parts(
             for i in chosen.tolist()
         ]
         rows.append([(picture, part, None) for picture, part in zip(pictures, shown, strict=True)])
-        captions.append(explainer.name_concepts()[k] + (f"\n+ {len(same)} coinciding" if same else ""))
+        one = known.get(k, {})
+        captions.append(_caption(explainer.name_concepts()[k], one, same))
         records.append(
             {
                 "filter": k,
-                "alike": same,
-                "importance": importance[k] if importance else None,
+                "label": one.get("label"),
+                "coinciding": same,
+                "importance": one.get("importance"),
+                "classes": one.get("classes", []),
                 "active_images": float((maps[:, k].flatten(1).amax(1) > 0).float().mean()),
                 "images": [store.ids[int(chosen_from[i])] for i in chosen.tolist()],
             }
@@ -120,9 +126,26 @@ def _maps(explainer: Explainer, store: Store, layer: str, images: np.ndarray) ->
 
 
 def _order(run: Run, maps: Tensor) -> tuple[list[int], dict[int, Any]]:
-    """Filters, the most important first, with their importance where the run was evaluated."""
+    """Filters, the most important first, with what the run says of each (nothing where it was not evaluated)."""
     if (run.path / "concepts.json").exists():
-        importance = {c["id"]: c["importance"] for c in run.concepts["concepts"]}
-        return sorted(importance, key=lambda k: -abs(importance[k] or 0.0)), importance
+        known = {concept["id"]: concept for concept in run.concepts["concepts"]}
+        return sorted(known, key=lambda k: -abs(known[k]["importance"] or 0.0)), known
     activity = maps.float().mean(dim=(0, 2, 3))
     return activity.argsort(descending=True).tolist(), {}
+
+
+def _decided(store: Store, images: np.ndarray) -> np.ndarray | None:
+    """The class that the network gives each image; None where the store holds no logits."""
+    try:
+        return np.asarray(store.read_logits(images)).argmax(axis=1)
+    except (UserError, KeyError):
+        return None
+
+
+def _caption(name: str, concept: dict[str, Any], coinciding: list[int]) -> str:
+    """What the filter is called, the classes that it adds most to, and how many others look at the same place."""
+    from netgloss.figures.style import number
+
+    lines = [f"{concept['label']} ({name})" if concept.get("label") else name]
+    lines += [f"{c['class']} {number(c['contribution'], signed=True)}" for c in concept.get("classes", [])[:2]]
+    return "\n".join([*lines, f"+ {len(coinciding)} coinciding"] if coinciding else lines)
