@@ -50,7 +50,7 @@ def part_gallery(
     for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         words = figure.add_subplot(grid[r, 0])
         words.set_axis_off()
-        lines = "\n".join(brief(line, 26) for line in caption.split("\n"))
+        lines = "\n".join(brief(line, 30) for line in caption.split("\n"))
         words.text(1.0, 0.5, lines, fontsize=7, color=INK, ha="right", va="center", parse_math=False)
         for c, (image, part_map, landmark) in enumerate(row):
             axes = figure.add_subplot(grid[r, c + 1])

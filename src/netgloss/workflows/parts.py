@@ -1,9 +1,9 @@
 """Parts: galleries of a run whose concepts have maps, and how much each track contributes.
 
-Each row is one distinct part: its name (from masks, where the run has labels), the classes whose logits it adds most to,
-and its strongest images, at most a third of them of one class. The map is masked around its peak, as the fit does (look at
-the unmasked one too: a mask makes any map look like a part). Filters often find the same place: those that coincide with a
-filter already shown are skipped and counted.
+Each row is one distinct part: its name (from masks, where the run has labels), the classes whose logits it adds most
+to, and its strongest images, at most a third of them of one class. The map is masked around its peak, as the fit does
+(look at the unmasked one too: a mask makes any map look like a part). Filters often find the same place: those that
+coincide with a filter already shown are skipped and counted.
 
 Shape letters: B images, K concepts, H W grid.
 """
@@ -147,5 +147,5 @@ def _caption(name: str, concept: dict[str, Any], coinciding: list[int]) -> str:
     from netgloss.figures.style import number
 
     lines = [f"{concept['label']} ({name})" if concept.get("label") else name]
-    lines += [f"{c['class']} {number(c['contribution'], signed=True)}" for c in concept.get("classes", [])[:2]]
+    lines += [f"{number(c['contribution'], signed=True)} {c['class']}" for c in concept.get("classes", [])[:2]]
     return "\n".join([*lines, f"+ {len(coinciding)} coinciding"] if coinciding else lines)
