@@ -85,7 +85,7 @@ def test_without_logits_the_forward_stops_after_the_layer(tmp_path: Path) -> Non
     classifier = load_classifier(net)
     classifier.net.head.register_forward_hook(lambda *_: ran.append(1))
     store = capture(classifier, open_images(images(64)), ["conv"], tmp_path / "s", options=CaptureOptions(logits=False))
-    assert len(ran) <= 3  # the probes that learn shapes and how often a layer runs, never one a batch
+    assert len(ran) <= 4  # the probes that learn shapes and how often a layer runs, never one a batch
     assert store.read_logits(slice(0, 2)) is None
 
 
@@ -190,12 +190,14 @@ def test_nan_is_told_with_layer_and_image(tmp_path: Path) -> None:
 
 
 def test_overflow_of_float16_names_the_way_out(tmp_path: Path) -> None:
+    """In a later image; where the first ones show it, the store is of float32 by itself (test_modules.py)."""
     net = Small()
-    with torch.no_grad():
-        net.conv.bias += 1e5
+    net.conv.register_forward_hook(lambda _, given, maps: maps * (1e6 if (given[0] == -2).all(dim=3).any() else 1))
+    pixels = images(40)
+    pixels[39] = 0  # a black image
     with pytest.raises(UserError, match="too large for float16: use --dtype float32"):
-        capture(load_classifier(net), open_images(images(10)), ["conv"], tmp_path / "s")
-    capture(load_classifier(net), open_images(images(10)), ["conv"], tmp_path / "t", options=CaptureOptions("float32"))
+        capture(load_classifier(net), open_images(pixels), ["conv"], tmp_path / "s")
+    capture(load_classifier(net), open_images(pixels), ["conv"], tmp_path / "t", options=CaptureOptions("float32"))
 
 
 def test_a_store_of_another_network_or_of_other_images_is_refused(tmp_path: Path) -> None:

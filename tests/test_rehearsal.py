@@ -299,11 +299,11 @@ def test_the_capture_ends_with_the_first_batch_that_the_method_cannot_take(tmp_p
     net = Small(before=lambda x: seen.append(len(x)))
     classifier = netgloss.load_classifier(net)
     seen.clear()
-    options = netgloss.CaptureOptions(batch_size=4)
+    options = netgloss.CaptureOptions(batch_size=6)
     check = check_of({"nmf": NMFConfig()}, "conv")
     with pytest.raises(UserError, match="NMF needs activations >= 0, but layer 'conv'"):
         netgloss.capture(classifier, pictures(), ["conv"], tmp_path / "store", options=options, check=check)
-    assert seen.count(4) == 1
+    assert seen.count(6) == 1
     clipped = check_of({"nmf": NMFConfig(negative="clip")}, "conv")
     netgloss.capture(classifier, pictures(), ["conv"], tmp_path / "clip", options=options, check=clipped)
     of_another = check_of({"nmf": NMFConfig()}, "relu")

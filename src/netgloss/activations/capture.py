@@ -76,6 +76,12 @@ class CaptureOptions:
 
 
 Check = Callable[[str, Tensor], None]
+_PROBED = 4
+"""Images that are looked at, twice, before a store is made."""
+_REPEATABLE = 0.01
+"""Values that differ by more of the largest one from pass to pass are random."""
+_LOSS = 0.01
+"""Relative error of float16 above which a store is made in float32."""
 
 
 def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str], options: CaptureOptions) -> StoreKey:
@@ -138,6 +144,8 @@ def prepare_store(
     if is_taken(out) if isinstance(out, Path) else Store.exists(out):
         known = Store.open(out)
         same = known.is_of(source)  # before the key, which reads all files otherwise
+        if known.key.dtype == "float32":  # holds all that float16 would
+            options = dataclasses.replace(options, dtype="float32")
         key = store_key(classifier, source, layers, options)
         if same and known.key.data_fingerprint != key.data_fingerprint:
             progress.say(
@@ -149,8 +157,12 @@ def prepare_store(
         if world == 1 and store.pending:
             store.remove_leftovers()
         return store
+    probe = _probe(classifier, source, layers)
+    if probe.coarse and options.dtype == "float16":
+        options = dataclasses.replace(options, dtype="float32")
+        progress.say(f"note: the store is kept in float32: layer {probe.coarse!r} {probe.why}, out of float16's range")
     key = store_key(classifier, source, layers, options)
-    shapes, num_classes = _probe(classifier, layers)
+    shapes = probe.shapes
     size = estimate_bytes(shapes, len(source), dtype=options.dtype, positions=options.positions)
     shown = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
     progress.say(f"{len(source)} images, {shown}: up to {size / 1e6:,.0f} MB before compression")
@@ -162,7 +174,7 @@ def prepare_store(
         shapes=shapes,
         ids=source.ids,
         targets=source.targets,
-        num_classes=num_classes,
+        num_classes=probe.num_classes,
     )
 
 
@@ -210,23 +222,59 @@ def capture(
     return store
 
 
-def _probe(classifier: Classifier, layers: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Shapes (C,) or (C, H, W) of the layers and the number of classes, from one blank image."""
+@dataclass(frozen=True)
+class _Probe:
+    """What the first images say: shapes (C,) or (C, H, W) of the layers, the number of classes, and the layer that
+    float16 would spoil ("" if none), with why.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    num_classes: int
+    coarse: str
+    why: str
+
+
+def _probe(classifier: Classifier, source: ImageSource, layers: Sequence[str]) -> _Probe:
+    """Looks at the first images twice (at a blank one where none can be read).
+
+    Raises
+    ------
+    UserError : a layer of neither vectors nor maps, or a network that answers the same images differently, whose
+        explanations would be those of noise.
+    """
     from netgloss.classifiers import Taps
 
-    blank = torch.zeros(1, *classifier.input_shape, device=classifier.device)
+    first = range(min(_PROBED, len(source)))
+    pixels, reasons = next(image_batches(classifier, source, first, workers=0))
+    readable = [i for i, reason in enumerate(reasons) if not reason]
+    pixels = pixels[readable or [0]]
+    passes = []
     with torch.inference_mode(), Taps(classifier.net, layers, stop=False) as taps:
-        outputs = taps(blank)
-        num_classes = int(taps.logits.shape[1])
+        for _ in range(2):
+            passes.append({**{f"layer {name!r}": v for name, v in taps(pixels).items()}, "the output": taps.logits})
+    _check_repeatable(*passes)
     shapes: dict[str, tuple[int, ...]] = {}
+    coarse, why = "", ""
     for name in layers:
-        shape = tuple(outputs[name].shape[1:])
-        if len(shape) not in (1, 3):
+        values = passes[0][f"layer {name!r}"].float()
+        if values.ndim not in (2, 4):
+            raise UserError(f"layer {name!r} gives {tuple(values.shape)}, neither vectors (B, C) nor maps (B, C, H, W)")
+        shapes[name] = tuple(values.shape[1:])
+        lost = (values.half().float() - values).abs().sum() / values.abs().sum().clamp_min(1e-38)
+        if values.isfinite().all() and not coarse and not lost <= _LOSS:
+            coarse, why = name, f"reaches {float(values.abs().max()):.2g}"
+    return _Probe(shapes, int(passes[0]["the output"].shape[1]), coarse, why)
+
+
+def _check_repeatable(first: dict[str, Tensor], again: dict[str, Tensor]) -> None:
+    for name, values in first.items():
+        size = float(values.float().abs().max()) if values.numel() else 0.0
+        apart = float((values.float() - again[name].float()).abs().max()) if values.numel() else 0.0
+        if apart > _REPEATABLE * size:
             raise UserError(
-                f"layer {name!r} gives {tuple(outputs[name].shape)}, neither vectors (B, C) nor maps (B, C, H, W)"
+                f"the network is random: {name} differs by {apart / size:.2g} of its largest value when the same "
+                "images are given twice. Dropout or stochastic depth stays on in its eval mode: switch it off"
             )
-        shapes[name] = shape
-    return shapes, num_classes
 
 
 def _capture_chunks(
@@ -294,7 +342,7 @@ class _ChunkBuffer:
         self.first = store.chunk_slice(chunk).start
         self.size = store.chunk_slice(chunk).stop - self.first
         self.filled = 0
-        dtype = getattr(torch, options.dtype)
+        dtype = getattr(torch, store.key.dtype)
         self.activations = {
             name: torch.zeros(self.size, *stored_shape(shape, options.positions), dtype=dtype)
             for name, shape in store.shapes.items()
@@ -346,7 +394,7 @@ class _ChunkBuffer:
         if torch.isfinite(values[row]).all():
             largest = float(values[row].abs().max())
             raise UserError(
-                f"layer {name!r} reaches {largest:.4g} at image {image!r}, too large for {self.options.dtype}: "
+                f"layer {name!r} reaches {largest:.4g} at image {image!r}, too large for {self.store.key.dtype}: "
                 "use --dtype float32"
             )
         raise UserError(f"layer {name!r} gives NaN or Inf at image {image!r} (chunk {self.chunk})")

@@ -76,6 +76,9 @@ def hash_weights(net: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # the extra state of a module: whatever it likes
+            digest.update(f"{name} {tensor!r}\n".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -36,8 +36,8 @@ def with_logits(net: nn.Module, blank: Tensor, name: str) -> tuple[nn.Module, in
     try:
         with torch.no_grad(), watched(net, lambda _, module, output: last.append(module)):
             output = net(blank)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        line = " ".join(str(error).split())[:160]
+    except Exception as error:  # a forward raises whatever it likes
+        line = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{name} does not run on inputs {tuple(blank.shape)}: {line}") from error
     pick = find_logits(output)
     logits = None if pick is None else pick(output)

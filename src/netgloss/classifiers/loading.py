@@ -10,7 +10,6 @@ Shape letters: B images, C channels, H and W the network's input.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from netgloss.class_names import class_list
 from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
 from netgloss.classifiers.heads import with_logits
 from netgloss.classifiers.layouts import KINDS, Layout, corner_images, find_layout, keep_layout
+from netgloss.classifiers.modules import copied, frozen
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.classifiers.sources import Built, build
 from netgloss.classifiers.taps import find_layer, watched
@@ -57,7 +57,7 @@ class Classifier:
         imagenet: str | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> None:
-        self.net = net.eval().requires_grad_(False)
+        self.net = frozen(net)
         self._checked: set[str] = set()
         self.name = name
         self.preprocessing = preprocessing
@@ -364,7 +364,7 @@ def reinitialised(net: nn.Module, *, seed: int) -> nn.Module:
     """A copy on the CPU with every weight reinitialised: ``reset_parameters`` where a module has it, else N(0,
     0.02^2).
     """
-    net = copy.deepcopy(net).cpu()
+    net = copied(net).cpu()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         for module in net.modules():

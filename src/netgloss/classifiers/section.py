@@ -8,7 +8,6 @@ Shape letters: B images, C features, H and W the layer's grid.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from netgloss.classifiers.layouts import layout_of
+from netgloss.classifiers.modules import copied
 from netgloss.classifiers.tail import TOLERANCE, _cut_out, _first_line, _last_run, _NoCut, _trace
 from netgloss.classifiers.taps import Taps, find_layer, network_of
 from netgloss.errors import UserError
@@ -58,7 +58,7 @@ def cut_section(net: Any, layer: str, upper: Sequence[str], *, input_shape: tupl
         graph = _trace(module, [layer, *upper])
         start = _last_run(module, graph, layer, calls[layer])
         ends = [_last_run(module, graph, name, calls[name]) for name in upper]
-        section = copy.deepcopy(_cut_out(module, graph, start, layer, ends, upper))
+        section = copied(_cut_out(module, graph, start, layer, ends, upper))
         for inner in section.modules():
             if getattr(inner, "inplace", False) is True:
                 inner.inplace = False  # type: ignore[assignment]  # an upper layer's output must stay as it was

@@ -7,7 +7,6 @@ downloaded only if asked for.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import math
 import socket
@@ -21,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from netgloss.classifiers.modules import prepared
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.errors import UserError, nearest
 from netgloss.trust import note_code
@@ -52,7 +52,8 @@ def build(
     if isinstance(source, nn.Module):
         if num_classes is not None:
             raise UserError(f"num_classes={num_classes} cannot change a module that is built already")
-        return _from_module(copy.deepcopy(source), type(source).__name__, f"module:{type(source).__name__}")
+        net = prepared(source)
+        return _from_module(net, type(net).__name__, f"module:{type(net).__name__}")
     library, _, name = source.partition(":")
     if library == "timm":
         return _from_timm(name, pretrained, num_classes, size)

@@ -12,7 +12,6 @@ Shape letters: B images, C features, H and W the layer's grid.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from netgloss.classifiers.layouts import layout_of
+from netgloss.classifiers.modules import copied
 from netgloss.classifiers.taps import Taps, find_layer, network_of, replaced, watched
 from netgloss.errors import UserError
 
@@ -102,7 +102,7 @@ class Tail:
             return False
         device = next((p.device for p in self._graph.parameters()), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
-        tail = copy.deepcopy(self._graph).double()
+        tail = copied(self._graph).double()
         with torch.no_grad():
             for scale in (0.1, 1.0, 30.0):
                 a, b = (scale * torch.randn(2, 4, *shape, generator=generator, dtype=torch.float64)).to(device)

@@ -14,7 +14,7 @@ from netgloss.errors import UserError, unknown
 from netgloss.explainers.base import Explainer, ExplainerConfig
 from netgloss.trust import note_code
 
-_NOT_METHODS = {"base", "class_scores", "image_decoders", "names", "rows", "sparse_autoencoder"}
+_NOT_METHODS = {"base", "class_scores", "image_decoders", "part_maps", "names", "rows", "sparse_autoencoder"}
 
 
 def explainer_names() -> list[str]:
