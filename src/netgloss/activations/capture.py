@@ -146,6 +146,13 @@ def prepare_store(
             )
             key = dataclasses.replace(key, data_fingerprint=known.key.data_fingerprint)
         store = Store.open(out, expect=key)
+        several = classifier.outputs == "multilabel"
+        if store.info.model and bool(store.info.model.get("multi_label")) != several:
+            how = ("without", "with") if several else ("with", "without")
+            raise UserError(
+                f"the store {out} was captured {how[0]} --multi-label (multi_label), and the network is now read "
+                f"{how[1]} it: write to another path, or delete the store"
+            )
         if world == 1 and store.pending:
             store.remove_leftovers()
         return store

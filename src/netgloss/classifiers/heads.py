@@ -5,14 +5,18 @@ single logit z, which is shown as the two logits (0, z): their softmax is (1 - s
 a subclass of its own class for this, so that layers keep their names and copies keep the form. Outputs that are
 probabilities are refused, since contributions and attacks would be computed on the wrong scale.
 
-Shape letters: B images.
+The logits are of one of three kinds (:data:`Outputs`). The shapes of "multiclass" and "multilabel" are the same, so
+that the second one is never guessed: it is what the user, the module's attribute ``multi_label`` or a Hugging Face
+configuration says.
+
+Shape letters: B images, L classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +24,26 @@ from torch import Tensor, nn
 from netgloss.classifiers.taps import watched
 from netgloss.errors import UserError
 
+Outputs = Literal["multiclass", "multilabel", "binary"]
+"""One class per image (the largest logit), any number of labels (each logit that is positive), or one logit z, shown as
+the two logits (0, z).
+"""
 
-def with_logits(net: nn.Module, blank: Tensor, name: str) -> tuple[nn.Module, int]:
-    """The network, giving logits, and their number.
+
+def probabilities(logits: Tensor, outputs: Outputs) -> Tensor:
+    """The probability of each class, (..., L): by softmax, or by sigmoid for "multilabel"."""
+    return logits.sigmoid() if outputs == "multilabel" else logits.softmax(dim=-1)
+
+
+def with_logits(
+    net: nn.Module, blank: Tensor, name: str, *, multi_label: bool = False
+) -> tuple[nn.Module, int, Outputs]:
+    """The network, giving logits, their number and their kind.
 
     Parameters
     ----------
     blank : two inputs (2, m, H, W). name : of the network, for messages.
+    multi_label : whether an image may have several labels; a single logit is "binary" all the same.
 
     Raises
     ------
@@ -51,18 +68,19 @@ def with_logits(net: nn.Module, blank: Tensor, name: str) -> tuple[nn.Module, in
             f"{name} gives probabilities (its head ends in a softmax or sigmoid), not logits: let it return the values "
             "before that"
         )
-    if isinstance(output, Tensor) and logits.shape[1] > 1:
-        return net, logits.shape[1]
+    outputs: Outputs = "binary" if logits.shape[1] == 1 else "multilabel" if multi_label else "multiclass"
+    if isinstance(output, Tensor) and outputs != "binary":
+        return net, logits.shape[1], outputs
     assert pick is not None
     try:
-        net.__class__ = _giving_logits(type(net), pick, single=logits.shape[1] == 1)
+        net.__class__ = _giving_logits(type(net), pick, single=outputs == "binary")
     except (TypeError, AttributeError) as error:
         gives = "one logit" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise UserError(
             f"{name} gives {gives}, and a {type(net).__name__} cannot be changed: wrap it in a module that returns "
             "logits (B, classes)"
         ) from error
-    return net, max(2, logits.shape[1])
+    return net, max(2, logits.shape[1]), outputs
 
 
 def find_logits(output: Any) -> Callable[[Any], Any] | None:

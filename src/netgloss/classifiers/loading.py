@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from netgloss.class_names import class_list
 from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
-from netgloss.classifiers.heads import with_logits
+from netgloss.classifiers.heads import Outputs, with_logits
 from netgloss.classifiers.layouts import KINDS, Layout, corner_images, find_layout, keep_layout
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.classifiers.sources import Built, build
@@ -44,7 +44,15 @@ class Classifier:
     class_names : one name a logit (``"class 0"`` ... where nobody said).
     checkpoint : file of the weights, or None.
     origin : how to load it again; part of :meth:`spec`.
+    outputs : the kind of its logits: "multiclass", "multilabel" or "binary" (``classifiers/heads.py``).
+
+    Parameters
+    ----------
+    multi_label : whether an image may have several labels, each decided by the sign of its logit; default: what the
+        network's attribute ``multi_label`` says, else no. It is never guessed from the network.
     """
+
+    outputs: Outputs
 
     def __init__(
         self,
@@ -56,6 +64,7 @@ class Classifier:
         checkpoint: str | None = None,
         imagenet: str | None = None,
         origin: Mapping[str, Any] | None = None,
+        multi_label: bool | None = None,
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self._checked: set[str] = set()
@@ -66,7 +75,9 @@ class Classifier:
         self.origin = dict(origin or {})
         self.layout, self.prefix_tokens = "auto", None  # type: tuple[str, int | None]
         blank = torch.zeros(2, *self.input_shape, device=self.device)
-        self.net, count = with_logits(self.net, blank, name)
+        if multi_label is None:
+            multi_label = getattr(net, "multi_label", False) is True
+        self.net, count, self.outputs = with_logits(self.net, blank, name, multi_label=multi_label)
         class_names = None if class_names is None else class_list(class_names)
         if class_names is not None and len(class_names) == 1 and count == 2:
             class_names = [f"not {class_names[0]}", class_names[0]]
@@ -148,6 +159,7 @@ class Classifier:
             class_names=self.class_names,
             imagenet=self.imagenet,
             origin={**self.origin, "checkpoint": None, "random_weights": True, "untrained": seed},
+            multi_label=self.outputs == "multilabel",
         ).with_layout(self.layout, self.prefix_tokens)
 
     def with_layout(self, layout: str = "auto", prefix_tokens: int | None = None) -> Classifier:
@@ -166,6 +178,12 @@ class Classifier:
         self._checked.clear()
         return self
 
+    def with_labels(self, multi_label: bool) -> Classifier:
+        """States whether an image may have several labels; returns the classifier. A binary network stays one."""
+        if self.outputs != "binary":
+            self.outputs = "multilabel" if multi_label else "multiclass"
+        return self
+
     def spec(self) -> dict[str, Any]:
         """A JSON-able description from which :func:`load_from_spec` loads the classifier again."""
         return {
@@ -174,6 +192,7 @@ class Classifier:
             "class_names": list(self.class_names),
             "imagenet": self.imagenet,
             "weights_hash": self.weights_hash,
+            **({"multi_label": True} if self.outputs == "multilabel" else {}),
             **({"layout": self.layout} if self.layout != "auto" else {}),
             **({} if self.prefix_tokens is None else {"prefix_tokens": self.prefix_tokens}),
         }
@@ -228,8 +247,9 @@ def load_classifier(
     class_names : the names in order, a dict {index: name} or {name: index} in any order, a text file with one per line,
         a .json file of such a list or dict, or ``"imagenet"`` (names and WordNet ids of ImageNet-1k).
     preprocessing : the whole description, or a mapping that changes fields of the network's own. Modules and
-        factories say theirs in an attribute ``preprocessing_spec`` (a dict of its fields), and their classes in
-        ``class_names``.
+        factories say theirs in an attribute ``preprocessing_spec`` (a dict of its fields), their classes in
+        ``class_names``, and that an image may have several labels in ``multi_label`` (or say so afterwards, by
+        :meth:`Classifier.with_labels`).
     input_size, mean, std : change these fields only; the resize follows the size.
 
     Raises
@@ -326,6 +346,7 @@ def load_from_spec(
         seed=spec["seed"],
     )
     classifier = classifier.with_layout(spec.get("layout", "auto"), spec.get("prefix_tokens"))
+    classifier = classifier.with_labels(spec.get("multi_label", False))
     if spec.get("untrained") is not None:
         classifier = classifier.untrained(spec["untrained"])
     classifier.imagenet = spec["imagenet"]
@@ -352,8 +373,8 @@ def _checked_spec(spec: Any) -> dict[str, Any]:
     }
     if not isinstance(spec, Mapping):
         raise UserError(f"a network is described by a record, not by a {type(spec).__name__}")
-    given = {"layout": "auto", "prefix_tokens": None, **spec}
-    kinds |= {"layout": str, "prefix_tokens": (int, type(None))}
+    given = {"layout": "auto", "prefix_tokens": None, "multi_label": False, **spec}
+    kinds |= {"layout": str, "prefix_tokens": (int, type(None)), "multi_label": bool}
     wrong = [name for name, kind in kinds.items() if name not in given or not isinstance(given[name], kind)]
     if wrong:
         raise UserError(f"the description of the network is damaged: {', '.join(wrong)} missing or of the wrong kind")

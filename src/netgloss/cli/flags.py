@@ -34,6 +34,8 @@ class Model:
     """Mean of each channel in [0, 1] that the input is normalised by."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel."""
+    multi_label: bool = False
+    """An image may have several labels: each is decided by the sign of its logit, and its probability is a sigmoid."""
     layout: Literal["auto", "nchw", "nhwc"] = "auto"
     """Order of the axes of layers with four, where it cannot be seen (channels first or last)."""
     prefix_tokens: int | None = None
@@ -43,7 +45,8 @@ class Model:
         """The classifier with its weights."""
         from netgloss.classifiers import load_classifier
 
-        return load_classifier(self.model, **self._fields()).with_layout(self.layout, self.prefix_tokens)
+        classifier = load_classifier(self.model, **self._fields()).with_layout(self.layout, self.prefix_tokens)
+        return classifier.with_labels(True) if self.multi_label else classifier
 
     def outline(self) -> tuple[Classifier, list[LayerInfo]]:
         """The layers, without the weights of named networks."""

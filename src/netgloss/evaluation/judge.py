@@ -179,6 +179,8 @@ def make_job(
 ) -> Job:
     """A job with the hash of everything that its result depends on."""
     parts: list[Any] = [FORMAT, REPLICATES, question, context.name, context.images_of(question), *view]
+    if context.classifier.outputs == "multilabel":
+        parts.append("multilabel")
     if question == "shuffled":
         parts.append(seed)
     if question == "faithfulness":
@@ -317,7 +319,7 @@ def measure(
     """
     progress = progress or Silent()
     metrics: dict[str, dict[str, ImageMetric]] = {name: {} for name in rebuilds}
-    classes = image_metrics()
+    classes = image_metrics(layer.classifier.outputs)
     world = fabric.world_size if fabric is not None and len(images) > (fabric.world_size - 1) * BATCH else 1
     rank = fabric.global_rank if fabric is not None and world > 1 else 0
     halving = Halving(BATCH)
@@ -395,6 +397,7 @@ def _faithfulness(context: EvaluationContext, job: Job) -> Result:
         encode=partial(encode, explainer),
         options=context.faithfulness,
         affine=context.affine,
+        outputs=context.classifier.outputs,
         seed=job.seed,
     )
     return _keep(context.folder, job.key, metrics)

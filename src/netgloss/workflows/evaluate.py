@@ -224,7 +224,8 @@ def _score(opened: _Opened) -> None:
                 return
             if options.untrained_images and opened.source is not None:
                 add_untrained_network(context, subject, options.untrained_images)
-            run.write_scores(subject_scores(subject) + subject.dictionary)
+            scores = subject_scores(subject, outputs=opened.classifier.outputs)
+            run.write_scores(scores + subject.dictionary)
         with opened.timed("explanations"):
             stability = per_concept_stability(explainers, layer, images)
             _write_explanations(opened, explainers[0], layer, fit_images, heldout, stability, affine=affine)
@@ -279,9 +280,9 @@ def _suspicious_logits(logits: np.ndarray, *, several: bool, least: int = 10) ->
 def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) -> list[str]:
     """What a reader of the scores must know first."""
     store, tail = context.store, context.tail
-    warnings = []
+    warnings = context.notes
     match = compare_classes(store.info.class_names, layer.classifier.class_names, layer.classifier.wnids)
-    if match.missing:
+    if match.missing and layer.classifier.outputs != "multilabel":
         warnings.append(match.line + ("; accuracies are left out" if (layer.labels < 0).all() else ""))
     if store.info.model.get("random_weights"):
         warnings.append("the network has random weights: its concepts and scores say nothing about a trained one")
@@ -294,7 +295,8 @@ def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) ->
         )
     logits, explained = store.read_logits(context.images), explainer.explained_classes
     if logits is not None and not store.info.model.get("random_weights"):
-        warnings += _suspicious_logits(logits, several=len(store.info.class_names or ()) > 1)
+        several = len(store.info.class_names or ()) > 1 and layer.classifier.outputs != "multilabel"
+        warnings += _suspicious_logits(logits, several=several)
     if logits is not None and explained is not None:
         missing = int((~np.isin(logits.argmax(axis=1), explained)).sum())
         if missing:
@@ -397,5 +399,5 @@ def _add_faithfulness(opened: _Opened, options: FaithfulnessOptions) -> None:
     evaluate_subjects(context, [subject], only="faithfulness")
     if not subject.results:
         raise UserError(subject.notes[-1] if subject.notes else "no faithfulness was measured (0 images?)")
-    added = subject_scores(subject, "faithfulness")
+    added = subject_scores(subject, "faithfulness", outputs=opened.classifier.outputs)
     run.write_scores([score for score in run.scores if score.metric not in FAITHFULNESS] + added)

@@ -119,6 +119,12 @@ def prepare_fit(
     fit_images, heldout = split_store(store)
     model = store.info.model
 
+    if model.get("multi_label") and (cls.target == "image" or {"tail", "to_logits"} & set(cls.needs(config))):
+        raise UserError(
+            f"{method_name(cls)} learns from class probabilities that add up to 1, and this network gives several "
+            "labels per image (--multi-label): choose another method"
+        )
+
     def network() -> Classifier:
         if classifier is None and not model:
             raise UserError(f"{store.path} does not say which network it is of: give fit the classifier")
