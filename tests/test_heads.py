@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 import netgloss
 from netgloss.activations.layer import Layer, split_store
@@ -20,6 +24,7 @@ from netgloss.adversarial.pixels import load_pixels
 from netgloss.classifiers import Classifier, Tail, Taps, list_layers, load_classifier, load_from_spec, probabilities
 from netgloss.data.arrays import ArraySource
 from netgloss.errors import UserError
+from netgloss.evaluation.faithful import FaithfulnessOptions
 from netgloss.metrics import (
     agreement,
     decision_kept,
@@ -30,6 +35,12 @@ from netgloss.metrics import (
 )
 
 SPEC = {"size": [8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+@dataclass
+class Answer:
+    maps: Tensor
+    scores: Tensor
 
 
 class Net(nn.Module):
@@ -50,6 +61,13 @@ class Net(nn.Module):
             "only": {"maps": features, "out": z},
             "tuple": (z, features),
             "object": SimpleNamespace(loss=None, logits=z),
+            "namedtuple": GoogLeNetOutputs(z, z + 1, z - 1),
+            "other namedtuple": InceptionOutputs(z, z + 1),
+            "maps first": (features, z),
+            "dataclass": Answer(features, z),
+            "two": {"a": z, "b": z},
+            "maps": features,
+            "hidden": SimpleNamespace(last_hidden_state=features.flatten(2)),
         }[self.form]
 
 
@@ -61,7 +79,9 @@ def images() -> Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("form", ["logits", "only", "tuple", "object"])
+@pytest.mark.parametrize(
+    "form", ["logits", "only", "tuple", "object", "namedtuple", "other namedtuple", "maps first", "dataclass"]
+)
 @pytest.mark.parametrize("classes", [3, 1])
 def test_the_logits_are_found(form: str, classes: int) -> None:
     plain = Net(classes)
@@ -158,6 +178,97 @@ def test_logits_that_show_a_wrong_preprocessing(tmp_path: Path) -> None:
     with torch.no_grad():
         net.head.weight.zero_()
     assert "nearly the same" in warnings_of(net, "same")
+
+
+def test_auxiliary_heads_are_left_alone() -> None:
+    net = models.get_model("googlenet", weights=None, aux_logits=True, init_weights=False, num_classes=4)
+    given = {"size": [64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
+    x = torch.randn(2, 3, 64, 64)
+    assert not isinstance(net(x), Tensor)  # as trained: a named tuple with the auxiliary logits
+    classifier = load_classifier(net, preprocessing=given)
+    assert net.training
+    assert classifier.num_classes == 4
+    with torch.no_grad():
+        assert torch.equal(classifier(x), net.eval()(x))
+
+
+# -- no head ----------------------------------------------------------------------------------------------------------
+
+
+def check_headless(classifier: Classifier, layer: str) -> None:
+    x = torch.randn(3, *classifier.input_shape)
+    assert (classifier.outputs, classifier.num_classes, classifier.class_names) == ("none", 0, [])
+    assert classifier(x).shape == (3, 0)
+    classifier.check_layer(layer)
+    with torch.no_grad(), Taps(classifier, layer, stop=False) as taps:
+        activation = taps(x)[layer]
+    assert Tail(classifier, layer, example=x)(activation).shape == (3, 0)
+    assert classifier.untrained(0).outputs == "none"
+    assert any(info.readable for info in list_layers(classifier))
+
+
+@pytest.mark.parametrize("form", ["plain", "maps", "hidden", "two"])
+def test_a_backbone_has_no_logits(form: str) -> None:
+    net = Net(3, form)
+    if form != "plain":
+        with pytest.raises(UserError, match=r"is no classifier.*--num-classes 0") as caught:
+            of(net)
+        assert "\n" not in str(caught.value)
+    classifier = of(net, num_classes=0)
+    check_headless(classifier, "relu")
+    assert load_from_spec(classifier.spec(), net=net).outputs == "none"
+    with pytest.raises(UserError, match="has no logits but 2 class names"):
+        of(net, num_classes=0, class_names=["a", "b"])
+    net.num_classes = 0  # what a network says of itself
+    check_headless(of(net), "relu")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("timm:vit_tiny_patch16_224", "blocks.3"), ("torchvision:squeezenet1_1", "features.3")]
+)
+def test_a_named_network_without_its_head(name: str, layer: str) -> None:
+    classifier = load_classifier(name, num_classes=0, random_weights=True, input_size=64)
+    check_headless(classifier, layer)
+    assert load_from_spec(classifier.spec()).outputs == "none"
+    assert load_classifier(name, num_classes=2, random_weights=True, input_size=64).num_classes == 2
+
+
+def test_a_network_without_a_head_is_explained(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Net(5, "maps")
+    source = netgloss.open_images("critters:24")
+    classifier = of(net, num_classes=0)
+    common: dict[str, Any] = {"seeds": 1, "device": "cpu", "num_concepts": 3}
+    run = netgloss.explain(
+        "topk-sae", classifier, "relu", source, out=tmp_path / "run", top_k=2, steps=5,
+        evaluation=netgloss.EvaluationOptions(untrained_images=8), **common,
+    )  # fmt: skip
+    scores = {s.metric: s for s in run.scores}
+    assert scores["r2"].value is not None
+    assert "untrained_network" in scores["r2"].baselines
+    assert not {"agreement", "kl", "accuracy_change", "completeness"} & set(scores)
+    assert any("has no head" in warning for warning in run.manifest["warnings"])
+    content = json.loads((run.path / "concepts.json").read_text())
+    assert content["classes"] == []
+    assert all(image["prediction"] is None and image["explained"] is None for image in content["images"])
+    assert any(concept["gallery"] for concept in content["concepts"])
+    assert (run.path / "report.html").stat().st_size > 10_000
+    comparison = netgloss.compare(
+        [run], methods="natural-axes", model=classifier, layer="relu", images=source, out=tmp_path / "both", seeds=1,
+        device="cpu", network_images=0,
+    )  # fmt: skip
+    assert [row["reason"] for row in comparison.record["methods"]] == ["", ""]
+    acts: dict[str, Any] = {
+        "faithfulness": lambda: netgloss.evaluate(run, faithfulness=FaithfulnessOptions()),
+        "show": lambda: netgloss.show(run, "critters:1"),
+        "an attack": lambda: load_pixels(classifier, source),
+        "audit": lambda: netgloss.audit(classifier, source, out=tmp_path / "audit", device="cpu"),
+        "cladec": lambda: netgloss.explain("cladec", classifier, "relu", source, out=tmp_path / "decoder", **common),
+    }
+    for verb, act in acts.items():
+        with pytest.raises(UserError, match=f"{verb} needs the network's logits, and .* has no head") as caught:
+            act()
+        assert "\n" not in str(caught.value)
 
 
 # -- several labels ---------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str]
         layers=tuple(layers),
         data_fingerprint=source.fingerprint,
         dtype=options.dtype,
-        logits=options.logits,
+        logits=options.logits and classifier.num_classes > 0,
         positions=options.positions,
         seed=options.seed if options.positions is not None else 0,
         precision=options.precision,
@@ -207,6 +207,7 @@ def capture(
     """
     options = options or CaptureOptions()
     progress = progress or Silent()
+    options = dataclasses.replace(options, logits=options.logits and classifier.num_classes > 0)
     store = prepare_store(classifier, source, layers, out, options=options, info=info, progress=progress, world=world)
     pending = [c for c in store.pending if c % world == rank]
     if pending:

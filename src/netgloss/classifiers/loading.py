@@ -44,12 +44,15 @@ class Classifier:
     class_names : one name a logit (``"class 0"`` ... where nobody said).
     checkpoint : file of the weights, or None.
     origin : how to load it again; part of :meth:`spec`.
-    outputs : the kind of its logits: "multiclass", "multilabel" or "binary" (``classifiers/heads.py``).
+    outputs : the kind of its logits: "multiclass", "multilabel", "binary", or "none" for a network without a head
+        (``classifiers/heads.py``).
 
     Parameters
     ----------
     multi_label : whether an image may have several labels, each decided by the sign of its logit; default: what the
         network's attribute ``multi_label`` says, else no. It is never guessed from the network.
+    head : False for a network that gives features and no logits; default: no head if the network's attribute
+        ``num_classes`` is 0, as timm has it.
     """
 
     outputs: Outputs
@@ -65,6 +68,7 @@ class Classifier:
         imagenet: str | None = None,
         origin: Mapping[str, Any] | None = None,
         multi_label: bool | None = None,
+        head: bool | None = None,
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self._checked: set[str] = set()
@@ -77,12 +81,15 @@ class Classifier:
         blank = torch.zeros(2, *self.input_shape, device=self.device)
         if multi_label is None:
             multi_label = getattr(net, "multi_label", False) is True
-        self.net, count, self.outputs = with_logits(self.net, blank, name, multi_label=multi_label)
+        if head is None:
+            classes = getattr(net, "num_classes", None)
+            head = not (isinstance(classes, int) and classes == 0)
+        self.net, count, self.outputs = with_logits(self.net, blank, name, multi_label=multi_label, head=head)
         class_names = None if class_names is None else class_list(class_names)
         if class_names is not None and len(class_names) == 1 and count == 2:
             class_names = [f"not {class_names[0]}", class_names[0]]
         if class_names is not None and len(class_names) != count:
-            raise UserError(f"{name} has {count} logits but {len(class_names)} class names were given")
+            raise UserError(f"{name} has {count or 'no'} logits but {len(class_names)} class names were given")
         self.class_names = (
             [f"class {i}" for i in range(count)] if class_names is None else [str(n) for n in class_names]
         )
@@ -160,6 +167,7 @@ class Classifier:
             imagenet=self.imagenet,
             origin={**self.origin, "checkpoint": None, "random_weights": True, "untrained": seed},
             multi_label=self.outputs == "multilabel",
+            head=self.outputs != "none",
         ).with_layout(self.layout, self.prefix_tokens)
 
     def with_layout(self, layout: str = "auto", prefix_tokens: int | None = None) -> Classifier:
@@ -179,10 +187,15 @@ class Classifier:
         return self
 
     def with_labels(self, multi_label: bool) -> Classifier:
-        """States whether an image may have several labels; returns the classifier. A binary network stays one."""
-        if self.outputs != "binary":
+        """States whether an image may have several labels; returns the classifier. Binary and headless ones stay so."""
+        if self.outputs not in ("binary", "none"):
             self.outputs = "multilabel" if multi_label else "multiclass"
         return self
+
+    def require_head(self, what: str) -> None:
+        """UserError for a network without a head; ``what`` needs its logits."""
+        if self.outputs == "none":
+            raise UserError(f"{what} needs the network's logits, and {self.name} has no head (num_classes=0)")
 
     def spec(self) -> dict[str, Any]:
         """A JSON-able description from which :func:`load_from_spec` loads the classifier again."""
@@ -243,7 +256,8 @@ def load_classifier(
     checkpoint : .safetensors file, or a PyTorch state dict, read with ``weights_only=True``; nothing is downloaded
         then.
     random_weights : draw the weights with ``seed`` instead; nothing is downloaded either.
-    num_classes : handed to timm, torchvision or the factory.
+    num_classes : handed to timm, torchvision or the factory. 0 leaves the head out, of any network: its layers are
+        explained without logits.
     class_names : the names in order, a dict {index: name} or {name: index} in any order, a text file with one per line,
         a .json file of such a list or dict, or ``"imagenet"`` (names and WordNet ids of ImageNet-1k).
     preprocessing : the whole description, or a mapping that changes fields of the network's own. Modules and
@@ -259,8 +273,8 @@ def load_classifier(
     """
     if checkpoint is not None and random_weights:
         raise UserError(f"checkpoint {checkpoint} and random_weights exclude each other")
-    if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
-        raise UserError(f"num_classes must be between 1 and {_MOST_CLASSES}, got {num_classes}")
+    if num_classes is not None and not 0 <= num_classes <= _MOST_CLASSES:
+        raise UserError(f"num_classes must be between 0 and {_MOST_CLASSES}, got {num_classes}")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be between 0 and 2^63, got {seed}")
     if isinstance(preprocessing, Preprocessing):
@@ -304,6 +318,7 @@ def load_classifier(
             "num_classes": num_classes,
             "seed": seed,
         },
+        head=False if num_classes == 0 else None,
     )
 
 

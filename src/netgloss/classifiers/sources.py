@@ -50,7 +50,7 @@ def build(
 ) -> Built:
     """The network of a name, a path or a module, and what its source says of input and labels."""
     if isinstance(source, nn.Module):
-        if num_classes is not None:
+        if num_classes:
             raise UserError(f"num_classes={num_classes} cannot change a module that is built already")
         return _from_module(copy.deepcopy(source), type(source).__name__, f"module:{type(source).__name__}")
     library, _, name = source.partition(":")
@@ -122,7 +122,7 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None, size: tuple
     if pretrained:
         if not tags:
             raise UserError(f"timm has no published weights of {name}; pass --checkpoint FILE or --random-weights")
-        if num_classes not in (None, config.num_classes):
+        if num_classes not in (None, 0, config.num_classes):
             raise UserError(
                 f"the published weights of {name} have {config.num_classes} classes, not {num_classes}; pass "
                 "--checkpoint FILE or --random-weights"
@@ -144,7 +144,7 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None, size: tuple
         std=data["std"],
         channels=channels,
     )
-    subset = infer_imagenet_subset(net)
+    subset = infer_imagenet_subset(net) if net.num_classes else None
     names = list(ImageNetInfo(subset).label_descriptions()) if subset else None
     return Built(net, f"timm:{name}", f"timm:{name}", preprocessing, names, subset, seeded=True)
 
@@ -189,7 +189,7 @@ def _from_torchvision(
         mean=tuple(transform.mean),
         std=tuple(transform.std),
     )
-    own = classes == len(categories)
+    own = classes == len(categories) and num_classes != 0  # without a head, it is built with one that is not read
     names, subset = (categories, "imagenet-1k") if own else (None, None)
     return Built(net, f"torchvision:{name}", f"torchvision:{name}", preprocessing, names, subset, seeded=True)
 

@@ -62,6 +62,10 @@ class Tail:
             activation = taps(example)[layer]
             self._call = taps.calls[layer] - 1
             expected = taps.logits
+        self._headless = expected.shape[1] == 0
+        if self._headless:
+            self.mode, self.reason = "graph", "the network has no head, so that nothing leads to logits"
+            return
         try:
             if self.layout.prefix:
                 raise _NoCut(f"{layer!r} has {self.layout.prefix} prefix tokens, which come from the image")
@@ -78,12 +82,14 @@ class Tail:
             self.reason = f"every path to the logits leads through {layer!r}"
 
     def __call__(self, activation: Tensor, *, images: Tensor | None = None) -> Tensor:
-        """Logits (B, classes) of an activation (B, C) or (B, C, H, W).
+        """Logits (B, classes) of an activation (B, C) or (B, C, H, W); (B, 0) of a network without a head.
 
         Parameters
         ----------
         images : (B, channels, H, W) the network's input that the activation belongs to; needed in mode ``"replaced"``.
         """
+        if self._headless:
+            return activation.new_zeros(len(activation), 0)
         if self._graph is not None:
             return self._behind(self._graph, activation.clone())
         if images is None:

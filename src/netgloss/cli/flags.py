@@ -27,7 +27,8 @@ class Model:
     class_names: Path | None = None
     """Text file with one class name a line, a .json list or dict, or imagenet (the 1,000 classes of ImageNet)."""
     num_classes: int | None = None
-    """Number of classes, where the architecture takes one and the checkpoint has another than its default."""
+    """Number of classes, where the architecture takes one and the checkpoint has another than its default; 0 leaves
+    the head out: layers are explained without logits."""
     input_size: int | None = None
     """Side of the network's input in pixels, where the model does not say it."""
     mean: tuple[float, ...] | None = None

@@ -90,6 +90,11 @@ class EvaluationContext:
     @property
     def notes(self) -> list[str]:
         """What the kind of the classifier's logits means for the scores."""
+        if self.classifier.outputs == "none":
+            return [
+                "the network has no head: predictions, contributions and scores of its logits are left out, and "
+                "concepts have no order of importance"
+            ]
         if self.classifier.outputs != "multilabel":
             return []
         return [

@@ -137,7 +137,7 @@ def _questions(
     dissects = context.annotated is not None and not subject.view.pooled and subject.kind != "foreign"
     for control, explainers in ({"": subject.explainers} | context.controls(subject)).items():
         yield control, "scores", explainers, 0
-        if context.faithfulness.images and rebuilds:
+        if context.faithfulness.images and rebuilds and context.classifier.num_classes:
             yield control, "faithfulness", explainers[: context.faithfulness.fits], 0
         if dissects:
             yield control, "dissection", explainers, 0
@@ -360,6 +360,8 @@ def _inputs(
         "logits_rebuilt": logits,
         "labels": batch.labels,
     }
+    if not batch.logits.shape[1]:  # a network without a head
+        given |= {"logits": None, "logits_rebuilt": None}
     above = {name: (batch.upper[name].cpu(), values.cpu()) for name, values in rebuilt.upper.items()}
     return index, {key: value.cpu() for key, value in given.items() if value is not None}, above
 

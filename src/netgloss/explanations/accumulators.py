@@ -150,8 +150,8 @@ def accumulate_concepts(
         sums.add_codes(codes_BKP, batch.index)
         if keep and codes_BKP[0].numel() * codes_BKP.element_size() * len(images) <= _KEPT_BYTES:
             sums.codes.append(codes_BKP)
-        predicted = sums.add_predictions(batch)
-        if explainer.target != "image":
+        predicted = sums.add_predictions(batch) if batch.logits.shape[1] else batch.labels
+        if explainer.target != "image" and batch.logits.shape[1]:
             classes = torch.where(batch.labels >= 0, batch.labels, predicted)
             given = (explainer, batch.tail, codes, batch.logits)
             of_class = explain_class(*given, classes, activation=batch.activation)

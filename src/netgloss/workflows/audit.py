@@ -130,6 +130,7 @@ def _opened(
 
 
 def _refuse_labels(classifier: Classifier) -> None:
+    classifier.require_head("audit")
     if classifier.outputs == "multilabel":
         raise UserError(
             f"{classifier.name} gives several labels per image (--multi-label); audit asks which one class a cue "

@@ -282,7 +282,7 @@ def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) ->
     store, tail = context.store, context.tail
     warnings = context.notes
     match = compare_classes(store.info.class_names, layer.classifier.class_names, layer.classifier.wnids)
-    if match.missing and layer.classifier.outputs != "multilabel":
+    if match.missing and layer.classifier.outputs not in ("multilabel", "none"):
         warnings.append(match.line + ("; accuracies are left out" if (layer.labels < 0).all() else ""))
     if store.info.model.get("random_weights"):
         warnings.append("the network has random weights: its concepts and scores say nothing about a trained one")
@@ -380,6 +380,7 @@ def _write_explanations(
 def _add_faithfulness(opened: _Opened, options: FaithfulnessOptions) -> None:
     """Adds C-deletion, ConceptSHAP, Sobol indices and the agreement of importances to the scores of a run."""
     run = opened.run
+    opened.classifier.require_head("faithfulness")
     subject = Subject.of_run(run)
     if subject.explainers[0].target != "activation":
         raise UserError(f"{run.method} does not rebuild the activation: its concepts cannot be deleted one by one")
