@@ -90,6 +90,7 @@ def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str]
         positions=options.positions,
         seed=options.seed if options.positions is not None else 0,
         precision=options.precision,
+        pool=classifier.pool,
     )
 
 

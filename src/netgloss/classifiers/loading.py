@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from netgloss.class_names import class_list
 from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
 from netgloss.classifiers.heads import Outputs, with_logits
-from netgloss.classifiers.layouts import KINDS, Layout, corner_images, find_layout, keep_layout
+from netgloss.classifiers.layouts import KINDS, POOLS, Layout, corner_images, find_layout, keep_layout
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.classifiers.sources import Built, build
 from netgloss.classifiers.taps import find_layer, watched
@@ -77,7 +77,7 @@ class Classifier:
         self.checkpoint = checkpoint
         self.imagenet = imagenet
         self.origin = dict(origin or {})
-        self.layout, self.prefix_tokens = "auto", None  # type: tuple[str, int | None]
+        self.layout, self.prefix_tokens, self.pool = "auto", None, "mean"  # type: tuple[str, int | None, str]
         blank = torch.zeros(2, *self.input_shape, device=self.device)
         if multi_label is None:
             multi_label = getattr(net, "multi_label", False) is True
@@ -155,7 +155,8 @@ class Classifier:
     def find_layout(self, name: str, output: Any) -> Layout:
         """The layout of a layer's output for ``corner_images``."""
         square = self.input_shape[1] == self.input_shape[2]
-        return find_layout(output, name, self.net, square=square, layout=self.layout, prefix_tokens=self.prefix_tokens)
+        asked: dict[str, Any] = {"layout": self.layout, "prefix_tokens": self.prefix_tokens, "pool": self.pool}
+        return find_layout(output, name, self.net, square=square, **asked)
 
     def untrained(self, seed: int) -> Classifier:
         """The same architecture with all weights reinitialised, as a control. The same on every device."""
@@ -168,21 +169,25 @@ class Classifier:
             origin={**self.origin, "checkpoint": None, "random_weights": True, "untrained": seed},
             multi_label=self.outputs == "multilabel",
             head=self.outputs != "none",
-        ).with_layout(self.layout, self.prefix_tokens)
+        ).with_layout(self.layout, self.prefix_tokens, self.pool)
 
-    def with_layout(self, layout: str = "auto", prefix_tokens: int | None = None) -> Classifier:
-        """States the layout of layers where it cannot be seen; returns the classifier.
+    def with_layout(self, layout: str = "auto", prefix_tokens: int | None = None, pool: str = "mean") -> Classifier:
+        """States the layout of layers where it cannot be seen, and how tokens are read; returns the classifier.
 
         Parameters
         ----------
         layout : of outputs with four axes: "auto", "nchw" or "nhwc".
         prefix_tokens : tokens before the patches (class token, registers); None finds them.
+        pool : "mean" reads the patches of token layers as a map, whose mean methods of pooled vectors take; "cls" reads
+            their class token as a vector.
         """
         if layout not in KINDS:
             raise UserError(f"unknown layout {layout!r}; choose from {', '.join(KINDS)}")
         if prefix_tokens is not None and prefix_tokens < 0:
             raise UserError(f"prefix_tokens must not be negative, got {prefix_tokens}")
-        self.layout, self.prefix_tokens = layout, prefix_tokens
+        if pool not in POOLS:
+            raise UserError(f"unknown pool {pool!r}; choose from {', '.join(POOLS)}")
+        self.layout, self.prefix_tokens, self.pool = layout, prefix_tokens, pool
         self._checked.clear()
         return self
 
@@ -208,6 +213,7 @@ class Classifier:
             **({"multi_label": True} if self.outputs == "multilabel" else {}),
             **({"layout": self.layout} if self.layout != "auto" else {}),
             **({} if self.prefix_tokens is None else {"prefix_tokens": self.prefix_tokens}),
+            **({"pool": self.pool} if self.pool != "mean" else {}),
         }
 
     def __repr__(self) -> str:
@@ -360,7 +366,8 @@ def load_from_spec(
         preprocessing=Preprocessing.from_dict(spec["preprocessing"]),
         seed=spec["seed"],
     )
-    classifier = classifier.with_layout(spec.get("layout", "auto"), spec.get("prefix_tokens"))
+    asked = spec.get("layout", "auto"), spec.get("prefix_tokens"), spec.get("pool", "mean")
+    classifier = classifier.with_layout(*asked)
     classifier = classifier.with_labels(spec.get("multi_label", False))
     if spec.get("untrained") is not None:
         classifier = classifier.untrained(spec["untrained"])
@@ -388,8 +395,8 @@ def _checked_spec(spec: Any) -> dict[str, Any]:
     }
     if not isinstance(spec, Mapping):
         raise UserError(f"a network is described by a record, not by a {type(spec).__name__}")
-    given = {"layout": "auto", "prefix_tokens": None, "multi_label": False, **spec}
-    kinds |= {"layout": str, "prefix_tokens": (int, type(None)), "multi_label": bool}
+    given = {"layout": "auto", "prefix_tokens": None, "multi_label": False, "pool": "mean", **spec}
+    kinds |= {"layout": str, "prefix_tokens": (int, type(None)), "multi_label": bool, "pool": str}
     wrong = [name for name, kind in kinds.items() if name not in given or not isinstance(given[name], kind)]
     if wrong:
         raise UserError(f"the description of the network is damaged: {', '.join(wrong)} missing or of the wrong kind")

@@ -42,8 +42,8 @@ class Tail:
     ----------
     mode : ``"graph"`` (the trunk is not needed) or ``"replaced"`` (calls need ``images=``).
     reason : why, in plain words.
-    ignores_patches : the logits do not depend on the layer's patch tokens at all: only its class token reaches the
-        head.
+    ignores_layer : the logits do not depend on what is read of a layer of tokens: on its patches, where only the class
+        token reaches the head, or on its class token, where only the patches do.
 
     Raises
     ------
@@ -56,7 +56,7 @@ class Tail:
         self.layer = layer
         self.layout = layout_of(find_layer(self.net, layer))
         self.mode: Literal["graph", "replaced"] = "replaced"
-        self.ignores_patches = False
+        self.ignores_layer = False
         self._graph: fx.GraphModule | None = None
         with torch.no_grad(), Taps(self.net, layer, stop=False) as taps:
             activation = taps(example)[layer]
@@ -68,7 +68,8 @@ class Tail:
             return
         try:
             if self.layout.prefix:
-                raise _NoCut(f"{layer!r} has {self.layout.prefix} prefix tokens, which come from the image")
+                others = "patches" if self.layout.pool == "cls" else f"{self.layout.prefix} prefix tokens"
+                raise _NoCut(f"{layer!r} has {others}, which come from the image")
             graph = _cut(self.net, layer, self._call + 1)
             self._verify(graph, example, activation, expected)
         except _NoCut as error:
@@ -76,7 +77,7 @@ class Tail:
             if self.layout.prefix:
                 with torch.no_grad():
                     without = self._replaced(torch.zeros_like(activation), example)
-                self.ignores_patches = bool(torch.equal(without, expected))
+                self.ignores_layer = bool(torch.equal(without, expected))
         else:
             self._graph, self.mode = graph, "graph"
             self.reason = f"every path to the logits leads through {layer!r}"

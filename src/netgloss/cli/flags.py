@@ -42,18 +42,23 @@ class Model:
     prefix_tokens: int | None = None
     """Tokens before the patches (class token, registers), where it cannot be seen."""
 
+    pool: Literal["mean", "cls"] = "mean"
+    """What is read of layers of tokens: the patches as a map, whose mean methods of pooled vectors take, or the class
+    token as a vector."""
+
     def load(self) -> Classifier:
         """The classifier with its weights."""
         from netgloss.classifiers import load_classifier
 
-        classifier = load_classifier(self.model, **self._fields()).with_layout(self.layout, self.prefix_tokens)
+        classifier = load_classifier(self.model, **self._fields())
+        classifier = classifier.with_layout(self.layout, self.prefix_tokens, self.pool)
         return classifier.with_labels(True) if self.multi_label else classifier
 
     def outline(self) -> tuple[Classifier, list[LayerInfo]]:
         """The layers, without the weights of named networks."""
         from netgloss.classifiers import outline_layers
 
-        fields = {"layout": self.layout, "prefix_tokens": self.prefix_tokens, **self._fields()}
+        fields = {"layout": self.layout, "prefix_tokens": self.prefix_tokens, "pool": self.pool, **self._fields()}
         return outline_layers(self.model, **fields)
 
     def _fields(self) -> dict[str, Any]:

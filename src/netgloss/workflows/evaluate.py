@@ -288,10 +288,13 @@ def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) ->
         warnings.append("the network has random weights: its concepts and scores say nothing about a trained one")
     if tail.mode != "graph":
         warnings.append(f"logits are computed by replaced forwards: {tail.reason}")
-    if tail.ignores_patches:
+    if tail.ignores_layer:
+        parts = (
+            ("class token", "patches reach") if tail.layout.pool == "cls" else ("patch tokens", "class token reaches")
+        )
         warnings.append(
-            f"the logits do not depend on the patch tokens of {tail.layer!r}: only its class token reaches the head, "
-            "so contributions are 0; explain an earlier layer"
+            f"the logits do not depend on the {parts[0]} of {tail.layer!r}: only its {parts[1]} the head, so "
+            "contributions are 0; explain an earlier layer"
         )
     logits, explained = store.read_logits(context.images), explainer.explained_classes
     if logits is not None and not store.info.model.get("random_weights"):
