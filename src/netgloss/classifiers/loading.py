@@ -1,9 +1,11 @@
 """Classifiers by name, with weights, preprocessing and class names.
 
 ``timm:NAME`` (or ``timm:NAME.TAG``), ``torchvision:NAME`` (or ``torchvision:NAME.WEIGHTS``, as in
-``resnet50.IMAGENET1K_V1``), ``path/to/file.py:factory``, ``critters``, or any ``nn.Module``. Nothing is downloaded
-unless a timm or torchvision name comes with neither checkpoint nor ``random_weights``. A checkpoint is taken to have
-been trained like the published weights of its name: their preprocessing is used unless stated otherwise.
+``resnet50.IMAGENET1K_V1``), ``hf:OWNER/NAME`` or ``hf:/path/to/folder`` (transformers), ``timm:hf-hub:OWNER/NAME``,
+``path/to/file.py:factory``, ``critters``, or any ``nn.Module``. Nothing is downloaded unless a timm, torchvision or hub
+name comes with neither checkpoint nor ``random_weights`` (of a hub name, the configuration in any case). A checkpoint
+is taken to have been trained like the published weights of its name: their preprocessing is used unless stated
+otherwise.
 
 Shape letters: B images, C channels, H and W the network's input.
 """
@@ -257,8 +259,8 @@ def load_classifier(
 
     Parameters
     ----------
-    name_or_module : ``timm:NAME``, ``torchvision:NAME``, ``path/to/file.py:factory``, ``critters``, or a module,
-        which is copied (yours stays as it is).
+    name_or_module : ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, ``path/to/file.py:factory``, ``critters``, or a
+        module, which is copied (yours stays as it is).
     checkpoint : .safetensors file, or a PyTorch state dict, read with ``weights_only=True``; nothing is downloaded
         then.
     random_weights : draw the weights with ``seed`` instead; nothing is downloaded either.

@@ -21,7 +21,7 @@ from netgloss.classifiers.layouts import ValuesNeeded
 from netgloss.classifiers.loading import Classifier, load_classifier
 from netgloss.errors import UserError
 
-LIBRARIES = ("timm:", "torchvision:")
+LIBRARIES = ("timm:", "torchvision:", "hf:")
 _DRAWS = ("normal_", "uniform_", "erfinv_", "trunc_normal_", "kaiming_uniform_", "exponential_")
 
 

@@ -19,7 +19,8 @@ class Model:
     """Which classifier to explain."""
 
     model: str
-    """timm:NAME, torchvision:NAME, path/to/file.py:factory, or critters (the network that ships with netgloss)."""
+    """timm:NAME, torchvision:NAME, hf:OWNER/NAME or hf:/path/to/folder (Hugging Face), path/to/file.py:factory, or
+    critters (the network that ships with netgloss)."""
     checkpoint: Path | None = None
     """Weights: a .safetensors file or a PyTorch state dict (pickles with code are refused)."""
     random_weights: bool = False
