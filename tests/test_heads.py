@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +12,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 import netgloss
-from netgloss.classifiers import Classifier, Tail, Taps, list_layers, load_classifier
+from netgloss.activations.layer import Layer, split_store
+from netgloss.adversarial.pixels import load_pixels
+from netgloss.classifiers import Classifier, Tail, Taps, list_layers, load_classifier, load_from_spec, probabilities
 from netgloss.data.arrays import ArraySource
 from netgloss.errors import UserError
+from netgloss.evaluation.faithful import FaithfulnessOptions
+from netgloss.metrics import (
+    agreement,
+    decision_kept,
+    image_metrics,
+    kl_divergence,
+    label_agreement,
+    label_kl_divergence,
+)
 
 SPEC = {"size": [8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+@dataclass
+class Answer:
+    maps: Tensor
+    scores: Tensor
 
 
 class Net(nn.Module):
@@ -38,6 +61,13 @@ class Net(nn.Module):
             "only": {"maps": features, "out": z},
             "tuple": (z, features),
             "object": SimpleNamespace(loss=None, logits=z),
+            "namedtuple": GoogLeNetOutputs(z, z + 1, z - 1),
+            "other namedtuple": InceptionOutputs(z, z + 1),
+            "maps first": (features, z),
+            "dataclass": Answer(features, z),
+            "two": {"a": z, "b": z},
+            "maps": features,
+            "hidden": SimpleNamespace(last_hidden_state=features.flatten(2)),
         }[self.form]
 
 
@@ -49,7 +79,9 @@ def images() -> Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("form", ["logits", "only", "tuple", "object"])
+@pytest.mark.parametrize(
+    "form", ["logits", "only", "tuple", "object", "namedtuple", "other namedtuple", "maps first", "dataclass"]
+)
 @pytest.mark.parametrize("classes", [3, 1])
 def test_the_logits_are_found(form: str, classes: int) -> None:
     plain = Net(classes)
@@ -146,6 +178,215 @@ def test_logits_that_show_a_wrong_preprocessing(tmp_path: Path) -> None:
     with torch.no_grad():
         net.head.weight.zero_()
     assert "nearly the same" in warnings_of(net, "same")
+
+
+def test_auxiliary_heads_are_left_alone() -> None:
+    net = models.get_model("googlenet", weights=None, aux_logits=True, init_weights=False, num_classes=4)
+    given = {"size": [64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
+    x = torch.randn(2, 3, 64, 64)
+    assert not isinstance(net(x), Tensor)  # as trained: a named tuple with the auxiliary logits
+    classifier = load_classifier(net, preprocessing=given)
+    assert net.training
+    assert classifier.num_classes == 4
+    with torch.no_grad():
+        assert torch.equal(classifier(x), net.eval()(x))
+
+
+# -- no head ----------------------------------------------------------------------------------------------------------
+
+
+def check_headless(classifier: Classifier, layer: str) -> None:
+    x = torch.randn(3, *classifier.input_shape)
+    assert (classifier.outputs, classifier.num_classes, classifier.class_names) == ("none", 0, [])
+    assert classifier(x).shape == (3, 0)
+    classifier.check_layer(layer)
+    with torch.no_grad(), Taps(classifier, layer, stop=False) as taps:
+        activation = taps(x)[layer]
+    assert Tail(classifier, layer, example=x)(activation).shape == (3, 0)
+    assert classifier.untrained(0).outputs == "none"
+    assert any(info.readable for info in list_layers(classifier))
+
+
+@pytest.mark.parametrize("form", ["plain", "maps", "hidden", "two"])
+def test_a_backbone_has_no_logits(form: str) -> None:
+    net = Net(3, form)
+    if form != "plain":
+        with pytest.raises(UserError, match=r"is no classifier.*--num-classes 0") as caught:
+            of(net)
+        assert "\n" not in str(caught.value)
+    classifier = of(net, num_classes=0)
+    check_headless(classifier, "relu")
+    assert load_from_spec(classifier.spec(), net=net).outputs == "none"
+    with pytest.raises(UserError, match="has no logits but 2 class names"):
+        of(net, num_classes=0, class_names=["a", "b"])
+    net.num_classes = 0  # what a network says of itself
+    check_headless(of(net), "relu")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("timm:vit_tiny_patch16_224", "blocks.3"), ("torchvision:squeezenet1_1", "features.3")]
+)
+def test_a_named_network_without_its_head(name: str, layer: str) -> None:
+    classifier = load_classifier(name, num_classes=0, random_weights=True, input_size=64)
+    check_headless(classifier, layer)
+    assert load_from_spec(classifier.spec()).outputs == "none"
+    assert load_classifier(name, num_classes=2, random_weights=True, input_size=64).num_classes == 2
+
+
+def test_a_network_without_a_head_is_explained(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Net(5, "maps")
+    source = netgloss.open_images("critters:24")
+    classifier = of(net, num_classes=0)
+    common: dict[str, Any] = {"seeds": 1, "device": "cpu", "num_concepts": 3}
+    run = netgloss.explain(
+        "topk-sae", classifier, "relu", source, out=tmp_path / "run", top_k=2, steps=5,
+        evaluation=netgloss.EvaluationOptions(untrained_images=8), **common,
+    )  # fmt: skip
+    scores = {s.metric: s for s in run.scores}
+    assert scores["r2"].value is not None
+    assert "untrained_network" in scores["r2"].baselines
+    assert not {"agreement", "kl", "accuracy_change", "completeness"} & set(scores)
+    assert any("has no head" in warning for warning in run.manifest["warnings"])
+    content = json.loads((run.path / "concepts.json").read_text())
+    assert content["classes"] == []
+    assert all(image["prediction"] is None and image["explained"] is None for image in content["images"])
+    assert any(concept["gallery"] for concept in content["concepts"])
+    assert (run.path / "report.html").stat().st_size > 10_000
+    comparison = netgloss.compare(
+        [run], methods="natural-axes", model=classifier, layer="relu", images=source, out=tmp_path / "both", seeds=1,
+        device="cpu", network_images=0,
+    )  # fmt: skip
+    assert [row["reason"] for row in comparison.record["methods"]] == ["", ""]
+    acts: dict[str, Any] = {
+        "faithfulness": lambda: netgloss.evaluate(run, faithfulness=FaithfulnessOptions()),
+        "show": lambda: netgloss.show(run, "critters:1"),
+        "an attack": lambda: load_pixels(classifier, source),
+        "audit": lambda: netgloss.audit(classifier, source, out=tmp_path / "audit", device="cpu"),
+        "cladec": lambda: netgloss.explain("cladec", classifier, "relu", source, out=tmp_path / "decoder", **common),
+    }
+    for verb, act in acts.items():
+        with pytest.raises(UserError, match=f"{verb} needs the network's logits, and .* has no head") as caught:
+            act()
+        assert "\n" not in str(caught.value)
+
+
+# -- several labels ---------------------------------------------------------------------------------------------------
+
+
+def several(classes: int = 3, bias: float = -0.5) -> Net:
+    torch.manual_seed(0)
+    net = Net(classes)
+    with torch.no_grad():
+        net.conv.weight.abs_()
+        net.head.weight.copy_(torch.randn(classes, 6, generator=torch.Generator().manual_seed(3)))
+        net.head.bias.fill_(bias)
+    return net
+
+
+def test_the_kind_is_what_the_user_says() -> None:
+    assert of(Net(3)).outputs == "multiclass"
+    assert of(Net(1)).outputs == of(Net(1)).with_labels(True).outputs == "binary"
+    assert of(Net(3)).with_labels(True).outputs == "multilabel"
+    plain = of(Net(3))
+    given = {"name": "net", "preprocessing": plain.preprocessing}
+    assert Classifier(Net(3), multi_label=True, **given).outputs == "multilabel"
+    assert Classifier(Net(1), multi_label=True, **given).outputs == "binary"
+    net = Net(3)
+    net.multi_label = True
+    said = of(net)
+    assert said.outputs == said.untrained(1).outputs == "multilabel"
+    assert Classifier(net, multi_label=False, **given).outputs == "multiclass"
+    assert load_from_spec(said.spec(), net=net).outputs == "multilabel"
+    chosen = of(Net(3)).with_labels(True)
+    again = load_from_spec(chosen.spec(), net=chosen.net)
+    assert again.outputs == again.untrained(1).outputs == "multilabel"
+    assert "multi_label" not in plain.spec()  # as in runs that are older than the word
+    with pytest.raises(UserError, match="multi_label missing or of the wrong kind"):
+        load_from_spec({**chosen.spec(), "multi_label": "yes"}, net=chosen.net)
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=st.integers(1, 5), labels=st.integers(2, 6), seed=st.integers(0, 99))
+def test_metrics_of_labels_treat_each_label_as_a_binary_network(batch: int, labels: int, seed: int) -> None:
+    """Each label alone is a binary network with the logits (0, z), whose metrics are the known ones."""
+    a, b = 3 * torch.randn(2, batch, labels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def alone(z: Tensor) -> Tensor:
+        return torch.stack([torch.zeros_like(z), z], dim=1)
+
+    pairs = [(alone(a[:, k]), alone(b[:, k])) for k in range(labels)]
+    torch.testing.assert_close(label_agreement(a, b), torch.stack([agreement(*p) for p in pairs]).mean(0))
+    torch.testing.assert_close(label_kl_divergence(a, b), torch.stack([kl_divergence(*p) for p in pairs]).sum(0))
+    torch.testing.assert_close(
+        probabilities(a, "multilabel"), torch.stack([probabilities(p[0], "binary")[:, 1] for p in pairs], dim=1)
+    )
+    for k, pair in enumerate(pairs):
+        kept = decision_kept(a, b, torch.full((batch,), k), "multilabel")
+        assert torch.equal(kept, agreement(*pair).bool())
+    assert torch.equal(decision_kept(a, b, a.argmax(1), "multiclass"), agreement(a, b).bool())
+    order = torch.randperm(batch)
+    metrics = {cls.name: cls for cls in image_metrics("multilabel")}
+    for name, values in (("agreement", label_agreement(a, b)), ("kl", label_kl_divergence(a, b))):
+        metric = metrics[name]()
+        for part in order.split(2):  # streamed equals whole
+            metric.update(part, logits=a[part], logits_rebuilt=b[part])
+        torch.testing.assert_close(metric.compute(), values.mean())
+    assert [cls.name for cls in image_metrics("multilabel")] == [cls.name for cls in image_metrics()]
+    assert metrics["agreement"] is not {cls.name: cls for cls in image_metrics("binary")}["agreement"]
+
+
+def test_a_network_of_several_labels_is_explained(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(40) % 3
+    x = rng.integers(0, 100, (40, 8, 8, 3)) + 70 * y[:, None, None, None]
+    names = ["grey", "light", "flat"]
+    source = ArraySource(x.astype(np.uint8), y, names)
+    classifier = of(several(), class_names=names).with_labels(True)
+
+    def explain(out: str, classifier: Classifier, method: str = "pca", **fields: Any) -> netgloss.Run:
+        return netgloss.explain(
+            method, classifier, "relu", source, out=tmp_path / out, seeds=1, device="cpu", num_concepts=2,
+            store=tmp_path / "store", evaluation=netgloss.EvaluationOptions(untrained_images=0), **fields,
+        )  # fmt: skip
+
+    run = explain("run", classifier)
+    scores = {s.metric: s for s in run.scores}
+    held = netgloss.Store.open(tmp_path / "store")
+    layer = Layer(held, "relu", Tail(classifier, "relu", example=images()), classifier, source)
+    with torch.no_grad():
+        batches = list(layer.batches(split_store(held)[1]))
+        rebuilt = torch.cat([b.tail(run.explainer(b.activation)) for b in batches])
+    logits = torch.cat([b.logits for b in batches])
+    assert scores["agreement"].value == pytest.approx(float(label_agreement(logits, rebuilt).mean()))
+    assert "keeps its sign" in scores["agreement"].definition
+    assert not {"accuracy_change", "completeness"} & set(scores)
+    assert any("need all labels of every image" in warning for warning in run.manifest["warnings"])
+    assert all(image["probability"] <= 1 for image in run.concepts["images"])
+    (shown,) = netgloss.show(run, source.subset([5]))
+    with torch.no_grad():
+        own = classifier(classifier.preprocessing(source.image(5))[None])[0]
+    assert shown.probability == pytest.approx(float(own.max().sigmoid()), abs=1e-5)
+    assert shown.probability != pytest.approx(float(own.softmax(0).max()), abs=1e-2)
+    again = netgloss.load(run.path, classifier=classifier.net)
+    assert again.network.outputs == "multilabel"
+    with pytest.raises(UserError, match="was captured with --multi-label"):
+        explain("other", of(several(), class_names=names))
+
+
+@pytest.mark.parametrize("verb", ["audit", "attacks", "cladec"])
+def test_what_needs_one_class_per_image_says_so(verb: str, tmp_path: Path) -> None:
+    classifier = of(several(), class_names=["a", "b", "c"]).with_labels(True)
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3), np.uint8)
+    source = ArraySource(pixels, np.arange(8) % 2, ["a", "b"])
+    acts: dict[str, Any] = {
+        "audit": lambda: netgloss.audit(classifier, source, out=tmp_path / "run", device="cpu"),
+        "attacks": lambda: load_pixels(classifier, source),
+        "cladec": lambda: netgloss.explain("cladec", classifier, "relu", source, out=tmp_path / "run", device="cpu"),
+    }
+    with pytest.raises(UserError, match="several labels per image") as caught:
+        acts[verb]()
+    assert "\n" not in str(caught.value)
 
 
 def source_pixels(x: np.ndarray) -> Tensor:

@@ -8,13 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import netgloss
-from netgloss.classifiers import Classifier, Preprocessing, Tail, Taps, list_layers, load_classifier, replaced
+from netgloss.classifiers import (
+    Classifier,
+    Preprocessing,
+    Tail,
+    Taps,
+    list_layers,
+    load_classifier,
+    load_from_spec,
+    replaced,
+)
 from netgloss.classifiers.layouts import Layout, find_layout, layout_of
 from netgloss.errors import UserError
 
@@ -231,6 +241,71 @@ def test_patches_that_never_reach_the_head_are_reported(tmp_path: Path) -> None:
         device="cpu", evaluation=netgloss.EvaluationOptions(untrained_images=0),
     )  # fmt: skip
     assert any("do not depend on the patch tokens of 'last'" in warning for warning in run.manifest["warnings"])
+
+
+# -- the class token --------------------------------------------------------------------------------------------------
+
+
+def small_vit(pool: str = "token", registers: int = 0) -> Classifier:
+    torch.manual_seed(0)
+    net = timm.create_model(
+        "vit_tiny_patch16_224", img_size=48, depth=2, embed_dim=24, num_heads=2, num_classes=4, global_pool=pool,
+        reg_tokens=registers,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return load_classifier(net, preprocessing={**SPEC, "size": [48, 48]})
+
+
+@pytest.mark.parametrize(("pool", "registers"), [("token", 0), ("token", 4), ("avg", 0)])
+@pytest.mark.parametrize("layer", ["blocks.0", "blocks.1", "norm", "blocks.0.mlp.act"])
+def test_the_class_token_is_a_vector(pool: str, registers: int, layer: str) -> None:
+    classifier = small_vit(pool, registers)
+    classifier.check_layer(layer)
+    features = 96 if "act" in layer else 24
+    assert check_identity(classifier, layer).shape == (3, features, 3, 3)
+    activation = check_identity(classifier.with_layout(pool="cls"), layer)
+    x = torch.randn(3, *classifier.input_shape, generator=torch.Generator().manual_seed(1))
+    seen: list[Tensor] = []
+    handle = classifier.net.get_submodule(layer).register_forward_hook(lambda *given: seen.append(given[2]))
+    with torch.no_grad():
+        logits = classifier(x)
+        handle.remove()
+        assert torch.equal(activation, seen[0][:, 0])
+        with replaced(classifier, layer, activation + 1) as net:
+            moved = net(x)
+    last = layer in ("blocks.1", "norm")
+    assert torch.equal(moved, logits) == (last and pool == "avg")  # the patches alone reach the head
+    assert Tail(classifier, layer, example=x).ignores_layer == (last and pool == "avg")
+    assert next(info for info in list_layers(classifier) if info.name == layer).shape == (features,)
+
+
+def test_the_class_token_must_be_there() -> None:
+    for net, layer in ((Patches(0), "first"), (ChannelsLast(), "block")):
+        with pytest.raises(UserError, match="without a class token: leave --pool cls"):
+            classifier_of(net).with_layout(pool="cls").check_layer(layer)
+    with pytest.raises(UserError, match="unknown pool 'max'; choose from mean, cls"):
+        classifier_of(Patches(1)).with_layout(pool="max")
+
+
+def test_a_class_token_is_explained_and_its_store_is_another(tmp_path: Path) -> None:
+    vit = small_vit().with_layout(pool="cls")
+    given: dict[str, Any] = {
+        "num_concepts": 3, "seeds": 1, "device": "cpu", "store": tmp_path / "store",
+        "evaluation": netgloss.EvaluationOptions(untrained_images=8),
+    }  # fmt: skip
+    run = netgloss.explain("pca", vit, "blocks.1", "critters:20", out=tmp_path / "run", **given)
+    assert netgloss.Store.open(tmp_path / "store").shapes == {"blocks.1": (24,)}
+    scores = {score.metric: score for score in run.scores}
+    assert scores["agreement"].value > 0.5
+    assert scores["r2"].baselines["untrained_network"] is not None
+    (shown,) = netgloss.show(run, "critters:1,seed=3")
+    assert any(driver.contribution != 0 for driver in shown.drivers)
+    again = load_from_spec(vit.spec(), net=vit.net)
+    assert again.pool == again.untrained(0).pool == "cls"
+    with pytest.raises(UserError, match="pool: cls in the store, mean asked for"):
+        netgloss.explain("pca", small_vit(), "blocks.1", "critters:20", out=tmp_path / "other", **given)
 
 
 # -- attribute names --------------------------------------------------------------------------------------------------

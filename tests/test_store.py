@@ -92,6 +92,7 @@ def test_the_address_changes_with_every_field() -> None:
         "positions": 4,
         "seed": 1,
         "precision": "bfloat16",
+        "pool": "cls",
     }
     assert set(changed) == {f.name for f in dataclasses.fields(StoreKey)}
     addresses = {dataclasses.replace(KEY, **{name: value}).address for name, value in changed.items()}

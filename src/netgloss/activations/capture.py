@@ -92,10 +92,11 @@ def store_key(classifier: Classifier, source: ImageSource, layers: Sequence[str]
         layers=tuple(layers),
         data_fingerprint=source.fingerprint,
         dtype=options.dtype,
-        logits=options.logits,
+        logits=options.logits and classifier.num_classes > 0,
         positions=options.positions,
         seed=options.seed if options.positions is not None else 0,
         precision=options.precision,
+        pool=classifier.pool,
     )
 
 
@@ -154,6 +155,13 @@ def prepare_store(
             )
             key = dataclasses.replace(key, data_fingerprint=known.key.data_fingerprint)
         store = Store.open(out, expect=key)
+        several = classifier.outputs == "multilabel"
+        if store.info.model and bool(store.info.model.get("multi_label")) != several:
+            how = ("without", "with") if several else ("with", "without")
+            raise UserError(
+                f"the store {out} was captured {how[0]} --multi-label (multi_label), and the network is now read "
+                f"{how[1]} it: write to another path, or delete the store"
+            )
         if world == 1 and store.pending:
             store.remove_leftovers()
         return store
@@ -212,6 +220,7 @@ def capture(
     """
     options = options or CaptureOptions()
     progress = progress or Silent()
+    options = dataclasses.replace(options, logits=options.logits and classifier.num_classes > 0)
     store = prepare_store(classifier, source, layers, out, options=options, info=info, progress=progress, world=world)
     pending = [c for c in store.pending if c % world == rank]
     if pending:

@@ -26,6 +26,8 @@ class StoreKey:
     seed: int = 0
     precision: str = "float32"
     """Of the forward; part of the address only if it is another, as stores made before it was there have none."""
+    pool: str = "mean"
+    """What is read of tokens, the patches or ("cls") the class token; part of the address only if it is another."""
 
     @property
     def address(self) -> str:
@@ -33,6 +35,8 @@ class StoreKey:
         fields = dataclasses.asdict(self)
         if self.precision == "float32":
             del fields["precision"]
+        if self.pool == "mean":
+            del fields["pool"]
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

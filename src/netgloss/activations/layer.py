@@ -17,7 +17,7 @@ from torch import Tensor
 from netgloss.activations.capture import image_batches
 from netgloss.activations.store import Store
 from netgloss.class_names import match_classes
-from netgloss.classifiers import Tail, Taps
+from netgloss.classifiers import Outputs, Tail, Taps, probabilities
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class Layer:
             }
             if self.above_tail is not None:
                 tail = either_tail(tail, tail_for(self.above_tail, self.classifier, self.source, index), self.above[-1])
-            yield LayerBatch(torch.from_numpy(index).long(), activation, logits, labels, tail, upper)
+            outputs = self.classifier.outputs
+            yield LayerBatch(torch.from_numpy(index).long(), activation, logits, labels, tail, upper, outputs=outputs)
 
     def maps(self, images: np.ndarray, *, batch_size: int = 64) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Image indices and activations before pooling, (B, C, H, W), of a pooled map layer; nothing of others."""
@@ -81,7 +82,13 @@ class Layer:
 
     @cached_property  # matching 1,000 class names takes 40 ms
     def labels(self) -> np.ndarray:
-        """(N,) class index of the classifier for every image of the store, -1 where it is unknown."""
+        """(N,) class index of the classifier for every image of the store, -1 where it is unknown.
+
+        All are -1 for a classifier of several labels: the one label that comes with an image does not say that it has
+        none of the others.
+        """
+        if self.classifier.outputs == "multilabel":
+            return np.full(len(self.store), -1)
         return class_labels(self.store, self.classifier.class_names, self.classifier.wnids)
 
 
@@ -96,6 +103,7 @@ class LayerBatch:
     tail : from the activation, or a dict of the layers above, to logits.
     upper : activations of the layers above, where the explainer rebuilds them.
     maps : (B, C, H, W) before pooling, only from a :class:`LayerReader` of a pooled map layer.
+    outputs : the kind of the logits.
     """
 
     index: Tensor
@@ -105,6 +113,12 @@ class LayerBatch:
     tail: Callable[[Any], Tensor]
     upper: dict[str, Tensor] = field(default_factory=dict)
     maps: Tensor | None = None
+    outputs: Outputs = "multiclass"
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, classes), by the kind of the logits."""
+        return probabilities(self.logits, self.outputs)
 
 
 def check_origin(store: Store, *, classifier: Classifier | None = None, source: ImageSource | None = None) -> None:
@@ -221,7 +235,8 @@ class LayerReader:
         if self.above_tail is not None:
             tail = either_tail(tail, _bound(self.above_tail, pixels), self.above)
         index, labels = torch.arange(len(pixels)), torch.full((len(pixels),), -1, device=pixels.device)
-        return LayerBatch(index, activation, logits, labels, tail, maps=maps)
+        outputs = self.classifier.outputs
+        return LayerBatch(index, activation, logits, labels, tail, maps=maps, outputs=outputs)
 
 
 def _bound(tail: Tail, pixels: Tensor) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,6 @@ Shape letters: N training images, B images of a step, D features.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,6 +40,7 @@ from netgloss.adversarial.attacks import fgsm_rs, pgd
 from netgloss.adversarial.crafting import PixelClassifier, eval_mode
 from netgloss.adversarial.harden_config import HardenConfig
 from netgloss.adversarial.pixels import LabelledPixels
+from netgloss.classifiers.modules import copied
 from netgloss.classifiers.taps import Taps, find_layer
 from netgloss.errors import UserError
 from netgloss.metrics.consistency.units import stratified
@@ -191,7 +191,7 @@ class Hardening:
         start = self.classifier.untrained(self.seed) if config.from_scratch else self.classifier
         fabric = fabric or make_fabric("cpu")
         # on the device before the optimiser, whose restored state goes where the weights are
-        net = copy.deepcopy(start.net).to(fabric.device).requires_grad_(True).to(memory_format=torch.channels_last)
+        net = copied(start.net).to(fabric.device).requires_grad_(True).to(memory_format=torch.channels_last)
         spec = self.classifier.preprocessing
         pixels = PixelClassifier(net, spec.mean, spec.std, craft_layer=self.craft_layer)
         module = HardeningStep(pixels, self.layer, self.arm, config)

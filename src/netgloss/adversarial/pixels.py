@@ -100,6 +100,11 @@ def load_pixels(
     UserError : no labelled images, fewer than two classes, a class that the classifier does not have, or too many
         bytes for memory.
     """
+    classifier.require_head("an attack")
+    if classifier.outputs == "multilabel":
+        raise UserError(
+            f"{classifier.name} gives several labels per image (--multi-label); attacks need one class of each"
+        )
     progress = progress or Silent()
     targets = torch.from_numpy(np.asarray(source.targets))
     chosen = (targets >= 0).nonzero().squeeze(1)

@@ -2,6 +2,7 @@
 the logits.
 """
 
+from netgloss.classifiers.heads import Outputs, probabilities
 from netgloss.classifiers.layers import LayerInfo, last_map, list_layers
 from netgloss.classifiers.loading import Classifier, imagenet_wnids, load_classifier, load_from_spec
 from netgloss.classifiers.outline import outline_layers
@@ -14,6 +15,7 @@ __all__ = [
     "Classifier",
     "Geometry",
     "LayerInfo",
+    "Outputs",
     "Preprocessing",
     "Tail",
     "Taps",
@@ -26,6 +28,7 @@ __all__ = [
     "load_from_spec",
     "network_of",
     "outline_layers",
+    "probabilities",
     "replaced",
     "section_from_spec",
     "section_of",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from netgloss.classifiers import Classifier, Taps
+from netgloss.classifiers.modules import copied
 
 
 class FreshEncoder(nn.Module):
@@ -27,7 +26,7 @@ class FreshEncoder(nn.Module):
     def __init__(self, classifier: Classifier, layer: str, *, seed: int, units: Tensor | None = None) -> None:
         super().__init__()
         fresh = classifier.untrained(seed)
-        self.net = copy.deepcopy(fresh.net).requires_grad_(True)
+        self.net = copied(fresh.net).requires_grad_(True)
         for name, module in list(self.net.named_modules(remove_duplicate=False)):
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 parent, _, child = name.rpartition(".")

@@ -5,6 +5,10 @@ A layer gives vectors, maps, channels-last maps (B, H, W, C), or tokens (B, N, C
 layer's module; :class:`~netgloss.classifiers.taps.Taps` and ``replaced`` convert by it, so that everything above sees
 vectors and maps only. Prefix tokens stay with the image that they belong to.
 
+Of tokens, the patches are read as a map, and methods of pooled vectors read the mean of that map (``pool`` "mean").
+With ``pool`` "cls" the class token, which is the first of the prefix tokens, is read as a vector instead; the patches
+and the other prefix tokens then stay with their image.
+
 What decides, in this order: what the user said; the network's own facts (timm names its grid, its number of prefix
 tokens and its output format); equal sides of the grid of a square image; what NaN in a corner of the image do to the
 output, since the features of a position are NaN together (``classifiers/layers.py``). Networks that concatenate shallow
@@ -17,7 +21,7 @@ Shape letters: B images, C features, N tokens, H W grid.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["vector", "nchw", "nhwc", "tokens"]
 KINDS = ("auto", "nchw", "nhwc", "tokens")
+POOLS = ("mean", "cls")
 PREFIXES = (0, 1, 2, 5)
 """Numbers of prefix tokens that are tried: none, class, class and distillation, class and four registers."""
 _CHANNELS_FIRST = (
@@ -49,12 +54,13 @@ class Layout:
 
     Parameters
     ----------
-    grid : (H, W) of tokens. prefix : tokens before them.
+    grid : (H, W) of tokens. prefix : tokens before them. pool : "cls" reads the first one as a vector.
     """
 
     kind: Kind
     grid: tuple[int, int] = (0, 0)
     prefix: int = 0
+    pool: str = "mean"
 
     @property
     def is_plain(self) -> bool:
@@ -70,6 +76,8 @@ class Layout:
             )
         if self.kind == "nhwc":
             return output.movedim(-1, 1)
+        if self.kind == "tokens" and self.pool == "cls":
+            return output[:, 0]
         if self.kind == "tokens":
             return output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
         return output
@@ -79,10 +87,13 @@ class Layout:
 
         Parameters
         ----------
-        output : the layer's output for the same images, which prefix tokens are taken from.
+        output : the layer's output for the same images, which all tokens that ``values`` do not hold are taken from.
         """
         if self.kind == "nhwc":
             return values.movedim(1, -1)
+        if self.kind == "tokens" and self.pool == "cls":
+            assert output is not None
+            return torch.cat([values[:, None], output[:, 1:]], dim=1)
         if self.kind == "tokens":
             tokens = values.flatten(2).transpose(1, 2)
             if self.prefix:
@@ -112,7 +123,14 @@ def corner_images(classifier: Classifier) -> Tensor:
 
 
 def find_layout(
-    output: Any, name: str, net: nn.Module, *, square: bool, layout: str = "auto", prefix_tokens: int | None = None
+    output: Any,
+    name: str,
+    net: nn.Module,
+    *,
+    square: bool,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
+    pool: str = "mean",
 ) -> Layout:
     """The layout of a layer's output for :func:`corner_images`.
 
@@ -120,10 +138,12 @@ def find_layout(
     ----------
     square : True if the images are square, as the grid of features then is too.
     layout, prefix_tokens : what the user said, "auto" and None for nothing.
+    pool : "mean", or "cls" to read the class token as a vector.
 
     Raises
     ------
-    UserError : the output is not one tensor of vectors, maps or tokens, or it cannot be decided which.
+    UserError : the output is not one tensor of vectors, maps or tokens, or it cannot be decided which; with "cls", it
+        has no class token.
     """
     if not isinstance(output, Tensor):
         raise UserError(
@@ -140,8 +160,12 @@ def find_layout(
     if output.ndim == 2:
         return Layout("vector")
     if output.ndim == 4:
-        return Layout(_map_kind(output, name, net, layout, square))
-    return _tokens(output, name, net, prefix_tokens)
+        found = Layout(_map_kind(output, name, net, layout, square))
+    else:
+        found = _tokens(output, name, net, prefix_tokens)
+    if pool == "cls" and not found.prefix:
+        raise UserError(f"layer {name!r} gives {shape} without a class token: leave --pool cls (pool=) out")
+    return replace(found, pool=pool)
 
 
 def _map_kind(output: Tensor, name: str, net: nn.Module, asked: str, square: bool) -> Kind:

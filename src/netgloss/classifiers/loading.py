@@ -1,9 +1,11 @@
 """Classifiers by name, with weights, preprocessing and class names.
 
 ``timm:NAME`` (or ``timm:NAME.TAG``), ``torchvision:NAME`` (or ``torchvision:NAME.WEIGHTS``, as in
-``resnet50.IMAGENET1K_V1``), ``path/to/file.py:factory``, ``critters``, or any ``nn.Module``. Nothing is downloaded
-unless a timm or torchvision name comes with neither checkpoint nor ``random_weights``. A checkpoint is taken to have
-been trained like the published weights of its name: their preprocessing is used unless stated otherwise.
+``resnet50.IMAGENET1K_V1``), ``hf:OWNER/NAME`` or ``hf:/path/to/folder`` (transformers), ``timm:hf-hub:OWNER/NAME``,
+``path/to/file.py:factory``, ``critters``, or any ``nn.Module``. Nothing is downloaded unless a timm, torchvision or hub
+name comes with neither checkpoint nor ``random_weights`` (of a hub name, the configuration in any case). A checkpoint
+is taken to have been trained like the published weights of its name: their preprocessing is used unless stated
+otherwise.
 
 Shape letters: B images, C channels, H and W the network's input.
 """
@@ -21,8 +23,8 @@ from torch import Tensor, nn
 
 from netgloss.class_names import class_list
 from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
-from netgloss.classifiers.heads import with_logits
-from netgloss.classifiers.layouts import KINDS, Layout, corner_images, find_layout, keep_layout
+from netgloss.classifiers.heads import Outputs, with_logits
+from netgloss.classifiers.layouts import KINDS, POOLS, Layout, corner_images, find_layout, keep_layout
 from netgloss.classifiers.modules import copied, frozen
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.classifiers.sources import Built, build
@@ -44,7 +46,18 @@ class Classifier:
     class_names : one name a logit (``"class 0"`` ... where nobody said).
     checkpoint : file of the weights, or None.
     origin : how to load it again; part of :meth:`spec`.
+    outputs : the kind of its logits: "multiclass", "multilabel", "binary", or "none" for a network without a head
+        (``classifiers/heads.py``).
+
+    Parameters
+    ----------
+    multi_label : whether an image may have several labels, each decided by the sign of its logit; default: what the
+        network's attribute ``multi_label`` says, else no. It is never guessed from the network.
+    head : False for a network that gives features and no logits; default: no head if the network's attribute
+        ``num_classes`` is 0, as timm has it.
     """
+
+    outputs: Outputs
 
     def __init__(
         self,
@@ -56,6 +69,8 @@ class Classifier:
         checkpoint: str | None = None,
         imagenet: str | None = None,
         origin: Mapping[str, Any] | None = None,
+        multi_label: bool | None = None,
+        head: bool | None = None,
     ) -> None:
         self.net = frozen(net)
         self._checked: set[str] = set()
@@ -64,14 +79,19 @@ class Classifier:
         self.checkpoint = checkpoint
         self.imagenet = imagenet
         self.origin = dict(origin or {})
-        self.layout, self.prefix_tokens = "auto", None  # type: tuple[str, int | None]
+        self.layout, self.prefix_tokens, self.pool = "auto", None, "mean"  # type: tuple[str, int | None, str]
         blank = torch.zeros(2, *self.input_shape, device=self.device)
-        self.net, count = with_logits(self.net, blank, name)
+        if multi_label is None:
+            multi_label = getattr(net, "multi_label", False) is True
+        if head is None:
+            classes = getattr(net, "num_classes", None)
+            head = not (isinstance(classes, int) and classes == 0)
+        self.net, count, self.outputs = with_logits(self.net, blank, name, multi_label=multi_label, head=head)
         class_names = None if class_names is None else class_list(class_names)
         if class_names is not None and len(class_names) == 1 and count == 2:
             class_names = [f"not {class_names[0]}", class_names[0]]
         if class_names is not None and len(class_names) != count:
-            raise UserError(f"{name} has {count} logits but {len(class_names)} class names were given")
+            raise UserError(f"{name} has {count or 'no'} logits but {len(class_names)} class names were given")
         self.class_names = (
             [f"class {i}" for i in range(count)] if class_names is None else [str(n) for n in class_names]
         )
@@ -137,7 +157,8 @@ class Classifier:
     def find_layout(self, name: str, output: Any) -> Layout:
         """The layout of a layer's output for ``corner_images``."""
         square = self.input_shape[1] == self.input_shape[2]
-        return find_layout(output, name, self.net, square=square, layout=self.layout, prefix_tokens=self.prefix_tokens)
+        asked: dict[str, Any] = {"layout": self.layout, "prefix_tokens": self.prefix_tokens, "pool": self.pool}
+        return find_layout(output, name, self.net, square=square, **asked)
 
     def untrained(self, seed: int) -> Classifier:
         """The same architecture with all weights reinitialised, as a control. The same on every device."""
@@ -148,23 +169,40 @@ class Classifier:
             class_names=self.class_names,
             imagenet=self.imagenet,
             origin={**self.origin, "checkpoint": None, "random_weights": True, "untrained": seed},
-        ).with_layout(self.layout, self.prefix_tokens)
+            multi_label=self.outputs == "multilabel",
+            head=self.outputs != "none",
+        ).with_layout(self.layout, self.prefix_tokens, self.pool)
 
-    def with_layout(self, layout: str = "auto", prefix_tokens: int | None = None) -> Classifier:
-        """States the layout of layers where it cannot be seen; returns the classifier.
+    def with_layout(self, layout: str = "auto", prefix_tokens: int | None = None, pool: str = "mean") -> Classifier:
+        """States the layout of layers where it cannot be seen, and how tokens are read; returns the classifier.
 
         Parameters
         ----------
         layout : of outputs with four axes: "auto", "nchw" or "nhwc".
         prefix_tokens : tokens before the patches (class token, registers); None finds them.
+        pool : "mean" reads the patches of token layers as a map, whose mean methods of pooled vectors take; "cls" reads
+            their class token as a vector.
         """
         if layout not in KINDS:
             raise UserError(f"unknown layout {layout!r}; choose from {', '.join(KINDS)}")
         if prefix_tokens is not None and prefix_tokens < 0:
             raise UserError(f"prefix_tokens must not be negative, got {prefix_tokens}")
-        self.layout, self.prefix_tokens = layout, prefix_tokens
+        if pool not in POOLS:
+            raise UserError(f"unknown pool {pool!r}; choose from {', '.join(POOLS)}")
+        self.layout, self.prefix_tokens, self.pool = layout, prefix_tokens, pool
         self._checked.clear()
         return self
+
+    def with_labels(self, multi_label: bool) -> Classifier:
+        """States whether an image may have several labels; returns the classifier. Binary and headless ones stay so."""
+        if self.outputs not in ("binary", "none"):
+            self.outputs = "multilabel" if multi_label else "multiclass"
+        return self
+
+    def require_head(self, what: str) -> None:
+        """UserError for a network without a head; ``what`` needs its logits."""
+        if self.outputs == "none":
+            raise UserError(f"{what} needs the network's logits, and {self.name} has no head (num_classes=0)")
 
     def spec(self) -> dict[str, Any]:
         """A JSON-able description from which :func:`load_from_spec` loads the classifier again."""
@@ -174,8 +212,10 @@ class Classifier:
             "class_names": list(self.class_names),
             "imagenet": self.imagenet,
             "weights_hash": self.weights_hash,
+            **({"multi_label": True} if self.outputs == "multilabel" else {}),
             **({"layout": self.layout} if self.layout != "auto" else {}),
             **({} if self.prefix_tokens is None else {"prefix_tokens": self.prefix_tokens}),
+            **({"pool": self.pool} if self.pool != "mean" else {}),
         }
 
     def __repr__(self) -> str:
@@ -219,17 +259,19 @@ def load_classifier(
 
     Parameters
     ----------
-    name_or_module : ``timm:NAME``, ``torchvision:NAME``, ``path/to/file.py:factory``, ``critters``, or a module,
-        which is copied (yours stays as it is).
+    name_or_module : ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, ``path/to/file.py:factory``, ``critters``, or a
+        module, which is copied (yours stays as it is).
     checkpoint : .safetensors file, or a PyTorch state dict, read with ``weights_only=True``; nothing is downloaded
         then.
     random_weights : draw the weights with ``seed`` instead; nothing is downloaded either.
-    num_classes : handed to timm, torchvision or the factory.
+    num_classes : handed to timm, torchvision or the factory. 0 leaves the head out, of any network: its layers are
+        explained without logits.
     class_names : the names in order, a dict {index: name} or {name: index} in any order, a text file with one per line,
         a .json file of such a list or dict, or ``"imagenet"`` (names and WordNet ids of ImageNet-1k).
     preprocessing : the whole description, or a mapping that changes fields of the network's own. Modules and
-        factories say theirs in an attribute ``preprocessing_spec`` (a dict of its fields), and their classes in
-        ``class_names``.
+        factories say theirs in an attribute ``preprocessing_spec`` (a dict of its fields), their classes in
+        ``class_names``, and that an image may have several labels in ``multi_label`` (or say so afterwards, by
+        :meth:`Classifier.with_labels`).
     input_size, mean, std : change these fields only; the resize follows the size.
 
     Raises
@@ -239,8 +281,8 @@ def load_classifier(
     """
     if checkpoint is not None and random_weights:
         raise UserError(f"checkpoint {checkpoint} and random_weights exclude each other")
-    if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
-        raise UserError(f"num_classes must be between 1 and {_MOST_CLASSES}, got {num_classes}")
+    if num_classes is not None and not 0 <= num_classes <= _MOST_CLASSES:
+        raise UserError(f"num_classes must be between 0 and {_MOST_CLASSES}, got {num_classes}")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be between 0 and 2^63, got {seed}")
     if isinstance(preprocessing, Preprocessing):
@@ -284,6 +326,7 @@ def load_classifier(
             "num_classes": num_classes,
             "seed": seed,
         },
+        head=False if num_classes == 0 else None,
     )
 
 
@@ -325,7 +368,9 @@ def load_from_spec(
         preprocessing=Preprocessing.from_dict(spec["preprocessing"]),
         seed=spec["seed"],
     )
-    classifier = classifier.with_layout(spec.get("layout", "auto"), spec.get("prefix_tokens"))
+    asked = spec.get("layout", "auto"), spec.get("prefix_tokens"), spec.get("pool", "mean")
+    classifier = classifier.with_layout(*asked)
+    classifier = classifier.with_labels(spec.get("multi_label", False))
     if spec.get("untrained") is not None:
         classifier = classifier.untrained(spec["untrained"])
     classifier.imagenet = spec["imagenet"]
@@ -352,8 +397,8 @@ def _checked_spec(spec: Any) -> dict[str, Any]:
     }
     if not isinstance(spec, Mapping):
         raise UserError(f"a network is described by a record, not by a {type(spec).__name__}")
-    given = {"layout": "auto", "prefix_tokens": None, **spec}
-    kinds |= {"layout": str, "prefix_tokens": (int, type(None))}
+    given = {"layout": "auto", "prefix_tokens": None, "multi_label": False, "pool": "mean", **spec}
+    kinds |= {"layout": str, "prefix_tokens": (int, type(None)), "multi_label": bool, "pool": str}
     wrong = [name for name, kind in kinds.items() if name not in given or not isinstance(given[name], kind)]
     if wrong:
         raise UserError(f"the description of the network is damaged: {', '.join(wrong)} missing or of the wrong kind")

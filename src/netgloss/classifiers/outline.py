@@ -21,12 +21,12 @@ from netgloss.classifiers.layouts import ValuesNeeded
 from netgloss.classifiers.loading import Classifier, load_classifier
 from netgloss.errors import UserError
 
-LIBRARIES = ("timm:", "torchvision:")
+LIBRARIES = ("timm:", "torchvision:", "hf:")
 _DRAWS = ("normal_", "uniform_", "erfinv_", "trunc_normal_", "kaiming_uniform_", "exponential_")
 
 
 def outline_layers(
-    name: str, *, layout: str = "auto", prefix_tokens: int | None = None, **fields: Any
+    name: str, *, layout: str = "auto", prefix_tokens: int | None = None, pool: str = "mean", **fields: Any
 ) -> tuple[Classifier, list[LayerInfo]]:
     """The layers of a network by name, without its weights; the classifier is good for nothing else.
 
@@ -34,18 +34,19 @@ def outline_layers(
     ----------
     name, fields : as for :func:`netgloss.load_classifier`; a checkpoint is only checked. Networks from a file are
         loaded whole.
-    layout, prefix_tokens : as for ``Classifier.with_layout``.
+    layout, prefix_tokens, pool : as for ``Classifier.with_layout``.
 
     Raises
     ------
     UserError : see :func:`netgloss.load_classifier`.
     """
-    load = partial(_loaded, name, layout, prefix_tokens, fields)
+    asked = (layout, prefix_tokens, pool)
+    load = partial(_loaded, name, asked, fields)
     if not name.startswith(LIBRARIES):
         classifier = load()
         return classifier, list_layers(classifier)
     fields = {**fields, "random_weights": fields.get("checkpoint") is None}
-    load = partial(_loaded, name, layout, prefix_tokens, fields)
+    load = partial(_loaded, name, asked, fields)
     try:
         with torch.device("meta"), _Cheap(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*non-meta parameter in the checkpoint.*")  # it is only checked
@@ -62,8 +63,8 @@ def outline_layers(
     return classifier, list_layers(classifier)
 
 
-def _loaded(name: str, layout: str, prefix_tokens: int | None, fields: dict[str, Any]) -> Classifier:
-    return load_classifier(name, **fields).with_layout(layout, prefix_tokens)
+def _loaded(name: str, asked: tuple[str, int | None, str], fields: dict[str, Any]) -> Classifier:
+    return load_classifier(name, **fields).with_layout(*asked)
 
 
 class _Cheap(TorchFunctionMode):

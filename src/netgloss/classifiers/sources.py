@@ -1,4 +1,5 @@
-"""Where networks come from: timm, torchvision, a Python file, the network shipped with netgloss, a module at hand.
+"""Where networks come from: timm, torchvision, transformers, a Python file, the network shipped with netgloss, a module
+at hand.
 
 Each source gives the network, how images are prepared for it and what its classes are called. Published weights are
 downloaded only if asked for.
@@ -9,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import socket
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from netgloss.classifiers.downloads import downloading
+from netgloss.classifiers.huggingface import HuggingFaceNetwork
 from netgloss.classifiers.modules import prepared
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.errors import UserError, nearest
@@ -50,11 +50,17 @@ def build(
 ) -> Built:
     """The network of a name, a path or a module, and what its source says of input and labels."""
     if isinstance(source, nn.Module):
-        if num_classes is not None:
+        if num_classes:
             raise UserError(f"num_classes={num_classes} cannot change a module that is built already")
         net = prepared(source)
         return _from_module(net, type(net).__name__, f"module:{type(net).__name__}")
     library, _, name = source.partition(":")
+    if library == "hf":
+        found = HuggingFaceNetwork(name, pretrained=pretrained, num_classes=num_classes, size=size)
+        named = f"hf:{name}", f"hf:{found.origin}"
+        return Built(found.net, *named, found.preprocessing, found.class_names, seeded=True)
+    if library == "timm" and name.startswith(_TIMM_SOURCES):
+        return _from_timm_source(name, pretrained, num_classes, size)
     if library == "timm":
         return _from_timm(name, pretrained, num_classes, size)
     if library == "torchvision":
@@ -67,7 +73,7 @@ def build(
         path = Path(library)
         return _from_module(_from_file(path, name, num_classes), f"{path.name}:{name}", f"{path.resolve()}:{name}")
     raise UserError(
-        f"unknown classifier {source!r}; pass timm:NAME, torchvision:NAME, path/to/file.py:factory or critters"
+        f"unknown classifier {source!r}; pass timm:NAME, torchvision:NAME, hf:NAME, path/to/file.py:factory or critters"
         + (f" (timm:{source}?)" if source.isidentifier() else "")
     )
 
@@ -107,9 +113,52 @@ def _from_file(path: Path, factory: str, num_classes: int | None) -> nn.Module:
     return net
 
 
+_TIMM_SOURCES = ("hf-hub:", "local-dir:")
+
+
+def _from_timm_source(name: str, pretrained: bool, num_classes: int | None, size: tuple[int, int] | None) -> Built:
+    """A network of timm from the hub (``hf-hub:OWNER/NAME``) or from a folder (``local-dir:FOLDER``).
+
+    Its configuration is read in any case, which of the hub is a download.
+    """
+    import timm
+
+    source, _, place = name.partition(":")
+    local = source == "local-dir"
+    if local and not (Path(place) / "config.json").is_file():
+        raise UserError(f"{place} has no config.json: timm:local-dir:FOLDER reads what timm's save_for_hf wrote")
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if size is not None and not pretrained:
+        options["img_size"] = size
+    with (
+        contextlib.nullcontext()
+        if local
+        else downloading(f"timm:{name}", "give the folder of a copy (timm:local-dir:)")
+    ):
+        try:
+            net: Any = timm.create_model(name, pretrained=pretrained, **options)
+        except TypeError:  # an architecture that takes any size
+            options.pop("img_size", None)
+            net = timm.create_model(name, pretrained=pretrained, **options)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            if not local and isinstance(error, OSError):
+                raise
+            raise UserError(f"timm:{name} cannot be read: {' '.join(str(error).split())[:100]}") from error
+    described = net.pretrained_cfg
+    if pretrained and num_classes not in (None, 0, described.get("num_classes")):
+        raise UserError(
+            f"the weights of timm:{name} have {described.get('num_classes')} classes, not {num_classes}; pass "
+            "--checkpoint FILE or --random-weights"
+        )
+    names = described.get("label_names")
+    fits = names is not None and len(names) == net.num_classes
+    built = _of_timm(net, name if not local else f"{source}:{Path(place).resolve()}", list(names) if fits else None)
+    built.name = f"timm:{name}"
+    return built
+
+
 def _from_timm(name: str, pretrained: bool, num_classes: int | None, size: tuple[int, int] | None) -> Built:
     import timm
-    from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -123,7 +172,7 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None, size: tuple
     if pretrained:
         if not tags:
             raise UserError(f"timm has no published weights of {name}; pass --checkpoint FILE or --random-weights")
-        if num_classes not in (None, config.num_classes):
+        if num_classes not in (None, 0, config.num_classes):
             raise UserError(
                 f"the published weights of {name} have {config.num_classes} classes, not {num_classes}; pass "
                 "--checkpoint FILE or --random-weights"
@@ -131,8 +180,15 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None, size: tuple
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None and config.fixed_input_size and size != tuple(config.input_size[1:]):
         options["img_size"] = size
-    with _downloading(f"timm:{name}") if pretrained else contextlib.nullcontext():
+    with downloading(f"timm:{name}") if pretrained else contextlib.nullcontext():
         net = timm.create_model(name, pretrained=pretrained, **options)
+    return _of_timm(net, name, None)
+
+
+def _of_timm(net: Any, name: str, class_names: Sequence[str] | None) -> Built:
+    """A network of timm with its preprocessing and, where its number of classes says so, ImageNet's class names."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+
     data = resolve_data_config({}, model=net)
     channels, *sides = data["input_size"]
     scaled = tuple(math.floor(side / data["crop_pct"]) for side in sides)
@@ -145,8 +201,8 @@ def _from_timm(name: str, pretrained: bool, num_classes: int | None, size: tuple
         std=data["std"],
         channels=channels,
     )
-    subset = infer_imagenet_subset(net)
-    names = list(ImageNetInfo(subset).label_descriptions()) if subset else None
+    subset = infer_imagenet_subset(net) if net.num_classes and class_names is None else None
+    names = list(ImageNetInfo(subset).label_descriptions()) if subset else class_names
     return Built(net, f"timm:{name}", f"timm:{name}", preprocessing, names, subset, seeded=True)
 
 
@@ -180,7 +236,7 @@ def _from_torchvision(
         options["init_weights"] = not state_names
         options["transform_input"] = bool(state_names)
         options["aux_logits"] = any(n.startswith(("aux", "AuxLogits")) for n in state_names)
-    with _downloading(f"torchvision:{name}") if pretrained else contextlib.nullcontext():
+    with downloading(f"torchvision:{name}") if pretrained else contextlib.nullcontext():
         net = models.get_model(architecture, weights=weights if pretrained else None, progress=False, **options)
     transform = weights.transforms()
     preprocessing = Preprocessing(
@@ -190,37 +246,6 @@ def _from_torchvision(
         mean=tuple(transform.mean),
         std=tuple(transform.std),
     )
-    own = classes == len(categories)
+    own = classes == len(categories) and num_classes != 0  # without a head, it is built with one that is not read
     names, subset = (categories, "imagenet-1k") if own else (None, None)
     return Built(net, f"torchvision:{name}", f"torchvision:{name}", preprocessing, names, subset, seeded=True)
-
-
-@contextlib.contextmanager
-def _downloading(name: str) -> Iterator[None]:
-    """Published weights are fetched inside; without a network it ends soon, with one line."""
-    from huggingface_hub import constants
-
-    patience, offline = socket.getdefaulttimeout(), constants.HF_HUB_OFFLINE
-    socket.setdefaulttimeout(20)
-    constants.HF_HUB_OFFLINE = offline or not _reachable(constants.ENDPOINT)
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:100]
-        raise UserError(
-            f"the published weights of {name} could not be downloaded ({line}); pass --checkpoint FILE or "
-            "--random-weights"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(patience)
-        constants.HF_HUB_OFFLINE = offline
-
-
-def _reachable(address: str) -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True

@@ -42,8 +42,8 @@ class Tail:
     ----------
     mode : ``"graph"`` (the trunk is not needed) or ``"replaced"`` (calls need ``images=``).
     reason : why, in plain words.
-    ignores_patches : the logits do not depend on the layer's patch tokens at all: only its class token reaches the
-        head.
+    ignores_layer : the logits do not depend on what is read of a layer of tokens: on its patches, where only the class
+        token reaches the head, or on its class token, where only the patches do.
 
     Raises
     ------
@@ -56,15 +56,20 @@ class Tail:
         self.layer = layer
         self.layout = layout_of(find_layer(self.net, layer))
         self.mode: Literal["graph", "replaced"] = "replaced"
-        self.ignores_patches = False
+        self.ignores_layer = False
         self._graph: fx.GraphModule | None = None
         with torch.no_grad(), Taps(self.net, layer, stop=False) as taps:
             activation = taps(example)[layer]
             self._call = taps.calls[layer] - 1
             expected = taps.logits
+        self._headless = expected.shape[1] == 0
+        if self._headless:
+            self.mode, self.reason = "graph", "the network has no head, so that nothing leads to logits"
+            return
         try:
             if self.layout.prefix:
-                raise _NoCut(f"{layer!r} has {self.layout.prefix} prefix tokens, which come from the image")
+                others = "patches" if self.layout.pool == "cls" else f"{self.layout.prefix} prefix tokens"
+                raise _NoCut(f"{layer!r} has {others}, which come from the image")
             graph = _cut(self.net, layer, self._call + 1)
             self._verify(graph, example, activation, expected)
         except _NoCut as error:
@@ -72,18 +77,20 @@ class Tail:
             if self.layout.prefix:
                 with torch.no_grad():
                     without = self._replaced(torch.zeros_like(activation), example)
-                self.ignores_patches = bool(torch.equal(without, expected))
+                self.ignores_layer = bool(torch.equal(without, expected))
         else:
             self._graph, self.mode = graph, "graph"
             self.reason = f"every path to the logits leads through {layer!r}"
 
     def __call__(self, activation: Tensor, *, images: Tensor | None = None) -> Tensor:
-        """Logits (B, classes) of an activation (B, C) or (B, C, H, W).
+        """Logits (B, classes) of an activation (B, C) or (B, C, H, W); (B, 0) of a network without a head.
 
         Parameters
         ----------
         images : (B, channels, H, W) the network's input that the activation belongs to; needed in mode ``"replaced"``.
         """
+        if self._headless:
+            return activation.new_zeros(len(activation), 0)
         if self._graph is not None:
             return self._behind(self._graph, activation.clone())
         if images is None:

@@ -19,7 +19,8 @@ class Model:
     """Which classifier to explain."""
 
     model: str
-    """timm:NAME, torchvision:NAME, path/to/file.py:factory, or critters (the network that ships with netgloss)."""
+    """timm:NAME, torchvision:NAME, hf:OWNER/NAME or hf:/path/to/folder (Hugging Face), path/to/file.py:factory, or
+    critters (the network that ships with netgloss)."""
     checkpoint: Path | None = None
     """Weights: a .safetensors file or a PyTorch state dict (pickles with code are refused)."""
     random_weights: bool = False
@@ -27,29 +28,38 @@ class Model:
     class_names: Path | None = None
     """Text file with one class name a line, a .json list or dict, or imagenet (the 1,000 classes of ImageNet)."""
     num_classes: int | None = None
-    """Number of classes, where the architecture takes one and the checkpoint has another than its default."""
+    """Number of classes, where the architecture takes one and the checkpoint has another than its default; 0 leaves
+    the head out: layers are explained without logits."""
     input_size: int | None = None
     """Side of the network's input in pixels, where the model does not say it."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel in [0, 1] that the input is normalised by."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel."""
+    multi_label: bool = False
+    """An image may have several labels: each is decided by the sign of its logit, and its probability is a sigmoid."""
     layout: Literal["auto", "nchw", "nhwc"] = "auto"
     """Order of the axes of layers with four, where it cannot be seen (channels first or last)."""
     prefix_tokens: int | None = None
     """Tokens before the patches (class token, registers), where it cannot be seen."""
 
+    pool: Literal["mean", "cls"] = "mean"
+    """What is read of layers of tokens: the patches as a map, whose mean methods of pooled vectors take, or the class
+    token as a vector."""
+
     def load(self) -> Classifier:
         """The classifier with its weights."""
         from netgloss.classifiers import load_classifier
 
-        return load_classifier(self.model, **self._fields()).with_layout(self.layout, self.prefix_tokens)
+        classifier = load_classifier(self.model, **self._fields())
+        classifier = classifier.with_layout(self.layout, self.prefix_tokens, self.pool)
+        return classifier.with_labels(True) if self.multi_label else classifier
 
     def outline(self) -> tuple[Classifier, list[LayerInfo]]:
         """The layers, without the weights of named networks."""
         from netgloss.classifiers import outline_layers
 
-        fields = {"layout": self.layout, "prefix_tokens": self.prefix_tokens, **self._fields()}
+        fields = {"layout": self.layout, "prefix_tokens": self.prefix_tokens, "pool": self.pool, **self._fields()}
         return outline_layers(self.model, **fields)
 
     def _fields(self) -> dict[str, Any]:

@@ -87,6 +87,22 @@ class EvaluationContext:
         self._moments: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
         self._controls: dict[tuple[View, int, tuple[int, ...]], dict[str, list[Explainer]]] = {}
 
+    @property
+    def notes(self) -> list[str]:
+        """What the kind of the classifier's logits means for the scores."""
+        if self.classifier.outputs == "none":
+            return [
+                "the network has no head: predictions, contributions and scores of its logits are left out, and "
+                "concepts have no order of importance"
+            ]
+        if self.classifier.outputs != "multilabel":
+            return []
+        return [
+            "an image may have several labels: agreement is the share of labels whose logit keeps its sign, "
+            "probabilities are sigmoids, and the prediction that is explained is the strongest label; accuracy_change, "
+            "completeness and mistakes are left out, since they need all labels of every image"
+        ]
+
     def layer(self, view: View) -> Layer:
         """The layer as some methods read it; its batches stay in memory if they fit."""
         if view not in self._layers:

@@ -25,9 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from netgloss.classifiers.heads import Outputs
 from netgloss.errors import UserError
 from netgloss.explainers.base import Explainer
 from netgloss.metrics.base import REPLICATES, ImageMetric
+from netgloss.metrics.faithfulness.agreement import decision_kept
 from netgloss.metrics.faithfulness.concept_deletion import QUANTITIES, ConceptDeletion, RatioOfSums, strength
 from netgloss.metrics.faithfulness.importance import explain_class
 from netgloss.metrics.faithfulness.importance_agreement import rank_correlation
@@ -172,6 +174,7 @@ def measure_faithfulness(
     encode: Callable[[Tensor, Tensor], Tensor] | None = None,
     options: FaithfulnessOptions,
     affine: bool,
+    outputs: Outputs = "multiclass",
     seed: int = 0,
     replicates: int = REPLICATES,
 ) -> dict[str, ImageMetric]:
@@ -183,6 +186,7 @@ def measure_faithfulness(
         Sobol indices are asked for these images.
     encode : index and activation to concepts; default the explainer's own ``encode`` of the activation.
     affine : whether the tail is an affine function of the activation.
+    outputs : the kind of the logits; of several labels, the strongest one is explained.
     """
     deletion = ConceptDeletion(num_steps=options.steps, draws=1, seed=seed, replicates=replicates)
     found: dict[str, ImageMetric] = {}
@@ -206,7 +210,7 @@ def measure_faithfulness(
         add("agreement_contribution_strength", index, number=number)
         if not importances:
             continue
-        value = _stays_and_logit(predict, concepts, classes)
+        value = _stays_and_logit(predict, concepts, logits, classes, outputs)
         count = concepts.shape[1]
         shares = shapley(value, count, pairs=options.shapley_pairs, seed=seed).values
         add("concept_shap_spread", index, shares=shares[:, 0].T)
@@ -247,14 +251,17 @@ def affine_predict(explainer: Explainer, tail: Tail, concepts: Tensor) -> Predic
     return predict
 
 
-def _stays_and_logit(predict: Predict, concepts: Tensor, classes: Tensor) -> Callable[[Tensor], Tensor]:
-    """Masks (M, K) to (M, 2, B): whether the predicted class stays, and its logit."""
+def _stays_and_logit(
+    predict: Predict, concepts: Tensor, own: Tensor, classes: Tensor, outputs: Outputs
+) -> Callable[[Tensor], Tensor]:
+    """Masks (M, K) to (M, 2, B): whether the predicted class stays, and its logit; ``own`` (B, L) are the logits."""
 
     def value(masks: Tensor) -> Tensor:
         found = []
         for logits in masked_logits(predict, concepts, masks):
-            stays = (logits.argmax(2) == classes).double()
-            logit = logits.double().gather(2, classes.expand(len(logits), -1)[..., None])[..., 0]
+            every = classes.expand(len(logits), -1)
+            stays = decision_kept(own.to(logits).expand_as(logits), logits, every, outputs).double()
+            logit = logits.double().gather(2, every[..., None])[..., 0]
             found.append(torch.stack([stays, logit], dim=1).cpu())
         return torch.cat(found)
 

@@ -137,7 +137,7 @@ def _questions(
     dissects = context.annotated is not None and not subject.view.pooled and subject.kind != "foreign"
     for control, explainers in ({"": subject.explainers} | context.controls(subject)).items():
         yield control, "scores", explainers, 0
-        if context.faithfulness.images and rebuilds:
+        if context.faithfulness.images and rebuilds and context.classifier.num_classes:
             yield control, "faithfulness", explainers[: context.faithfulness.fits], 0
         if dissects:
             yield control, "dissection", explainers, 0
@@ -179,6 +179,8 @@ def make_job(
 ) -> Job:
     """A job with the hash of everything that its result depends on."""
     parts: list[Any] = [FORMAT, REPLICATES, question, context.name, context.images_of(question), *view]
+    if context.classifier.outputs == "multilabel":
+        parts.append("multilabel")
     if question == "shuffled":
         parts.append(seed)
     if question == "faithfulness":
@@ -317,7 +319,7 @@ def measure(
     """
     progress = progress or Silent()
     metrics: dict[str, dict[str, ImageMetric]] = {name: {} for name in rebuilds}
-    classes = image_metrics()
+    classes = image_metrics(layer.classifier.outputs)
     world = fabric.world_size if fabric is not None and len(images) > (fabric.world_size - 1) * BATCH else 1
     rank = fabric.global_rank if fabric is not None and world > 1 else 0
     halving = Halving(BATCH)
@@ -358,6 +360,8 @@ def _inputs(
         "logits_rebuilt": logits,
         "labels": batch.labels,
     }
+    if not batch.logits.shape[1]:  # a network without a head
+        given |= {"logits": None, "logits_rebuilt": None}
     above = {name: (batch.upper[name].cpu(), values.cpu()) for name, values in rebuilt.upper.items()}
     return index, {key: value.cpu() for key, value in given.items() if value is not None}, above
 
@@ -395,6 +399,7 @@ def _faithfulness(context: EvaluationContext, job: Job) -> Result:
         encode=partial(encode, explainer),
         options=context.faithfulness,
         affine=context.affine,
+        outputs=context.classifier.outputs,
         seed=job.seed,
     )
     return _keep(context.folder, job.key, metrics)

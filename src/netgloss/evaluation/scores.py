@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from netgloss.classifiers.heads import Outputs
 from netgloss.evaluation.faithful import FAITHFULNESS, RANDOM_RANKING
 from netgloss.evaluation.judge import DISSECTION, Result
 from netgloss.evaluation.paired import ROUNDING, Difference, Measured, difference
@@ -52,14 +53,16 @@ class Meaning:
     """Reads activations or concepts: comparable only between methods that see the same rows."""
 
 
-def meanings(rule: str = "") -> dict[str, Meaning]:
-    """Every metric that is measured on images, by name; ``rule`` is the on-rate of the dissection."""
+def meanings(rule: str = "", outputs: Outputs = "multiclass") -> dict[str, Meaning]:
+    """Every metric that is measured on images, by name, for logits of the kind ``outputs``; ``rule`` is the on-rate of
+    the dissection.
+    """
 
     def of(cls: type[ImageMetric], *, of_rows: bool) -> Meaning:
         return Meaning(cls.definition, cls.bounds, cls.higher_is_better, of_rows)
 
     rows = {"activation", "reconstruction", "concepts", "contributions"}
-    known = {cls.name: of(cls, of_rows=bool(rows & set(cls.inputs))) for cls in image_metrics()}
+    known = {cls.name: of(cls, of_rows=bool(rows & set(cls.inputs))) for cls in image_metrics(outputs)}
     known |= {name: of(cls, of_rows=False) for name, cls in FAITHFULNESS.items()}
     known[DISSECTION] = Meaning(_DISSECTION_TEXT.format(rule), (0.0, 1.0), True, True)
     return known
@@ -71,9 +74,14 @@ def _question(metric: str) -> str:
     return "faithfulness" if metric in FAITHFULNESS else "scores"
 
 
-def subject_scores(subject: Subject, question: str = "scores") -> list[Score]:
-    """Score records of one subject for one question, with its baselines; undefined scores are left out."""
-    known = meanings()
+def subject_scores(subject: Subject, question: str = "scores", *, outputs: Outputs = "multiclass") -> list[Score]:
+    """Score records of one subject for one question, with its baselines; undefined scores are left out.
+
+    Parameters
+    ----------
+    outputs : the kind of the classifier's logits.
+    """
+    known = meanings(outputs=outputs)
     records = []
     for metric in subject.results.get(question, [Result({}, {})])[0].numbers:
         if metric.startswith(RANDOM_RANKING):
@@ -102,14 +110,17 @@ def image_scores(
     return scores
 
 
-def comparison_parts(subjects: Sequence[Subject], images: Mapping[str, str], rule: str) -> dict[str, Any]:
+def comparison_parts(
+    subjects: Sequence[Subject], images: Mapping[str, str], rule: str, outputs: Outputs
+) -> dict[str, Any]:
     """The parts ``metrics``, ``scores``, ``verdicts`` and ``differences`` of ``comparison.json``.
 
     Parameters
     ----------
     images : identifies the set of images of each question.
+    rule : the on-rate of the dissection. outputs : the kind of the classifier's logits.
     """
-    known = meanings(rule)
+    known = meanings(rule, outputs)
     scores: dict[str, dict[str, Any]] = {}
     verdicts: dict[str, dict[str, Any]] = {}
     measured: dict[str, dict[str, Measured]] = {}

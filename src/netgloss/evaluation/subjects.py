@@ -156,7 +156,7 @@ def from_explainer(explainer: Explainer, *, contributions: bool = False) -> Rebu
     def rebuild(batch: LayerBatch) -> Rebuilt:
         concepts = encode(explainer, batch.index, batch.activation)
         values = None
-        if contributions:
+        if contributions and batch.logits.shape[1]:
             predicted = batch.logits.argmax(dim=1)
             given = (explainer, batch.tail, concepts, batch.logits, predicted)
             values = explain_class(*given, activation=batch.activation).values

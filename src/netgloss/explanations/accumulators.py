@@ -16,6 +16,7 @@ from torch import Tensor
 from netgloss.activations.layer import Layer, LayerBatch
 from netgloss.explainers.base import Explainer
 from netgloss.explanations.mistakes import Mistake, find_mistakes
+from netgloss.metrics.faithfulness.agreement import decision_kept
 from netgloss.metrics.faithfulness.importance import Contributions, explain_class
 from netgloss.progress import Progress
 
@@ -91,8 +92,8 @@ class ConceptAccumulators:
         self.top_strength, self.top_images = strength.gather(0, best), images.gather(0, best)
 
     def add_predictions(self, batch: LayerBatch) -> Tensor:
-        """Predicted class (B,) of each image, remembered with its probability."""
-        probability, predicted = batch.logits.softmax(dim=1).max(dim=1)
+        """Predicted class (B,) of each image, of several labels the strongest, remembered with its probability."""
+        probability, predicted = batch.probabilities.max(dim=1)
         entries = zip(batch.index.tolist(), predicted.tolist(), probability.tolist(), strict=True)
         self.predictions.update({i: (c, p) for i, c, p in entries})
         return predicted
@@ -106,9 +107,14 @@ class ConceptAccumulators:
         self.explained += len(parts.rebuilt)
 
     def add_classes(
-        self, batch: LayerBatch, classes: Tensor, predicted: Tensor, rebuilt: Tensor, parts: Contributions
+        self, batch: LayerBatch, classes: Tensor, predicted: Tensor, kept: Tensor, parts: Contributions
     ) -> None:
-        """Sums by class: the labelled one, or the predicted one where there is no label."""
+        """Sums by class: the labelled one, or the predicted one where there is no label.
+
+        Parameters
+        ----------
+        kept : (B,) whether the decision for the predicted class is the same from the rebuilt layer.
+        """
         values_BK = parts.values.double().cpu()
         for row, c in enumerate(classes.tolist()):
             zeros = torch.zeros(self.num_concepts, dtype=torch.float64)
@@ -119,7 +125,7 @@ class ConceptAccumulators:
             labelled = bool(batch.labels[row] >= 0)
             entry.labelled += labelled
             entry.correct += labelled and bool(predicted[row] == c)
-            entry.agree += bool(rebuilt[row] == predicted[row])
+            entry.agree += bool(kept[row])
             logit, base = float(batch.logits[row, c]), float(parts.base[row])
             entry.logit += logit
             entry.base += base
@@ -144,8 +150,8 @@ def accumulate_concepts(
         sums.add_codes(codes_BKP, batch.index)
         if keep and codes_BKP[0].numel() * codes_BKP.element_size() * len(images) <= _KEPT_BYTES:
             sums.codes.append(codes_BKP)
-        predicted = sums.add_predictions(batch)
-        if explainer.target != "image":
+        predicted = sums.add_predictions(batch) if batch.logits.shape[1] else batch.labels
+        if explainer.target != "image" and batch.logits.shape[1]:
             classes = torch.where(batch.labels >= 0, batch.labels, predicted)
             given = (explainer, batch.tail, codes, batch.logits)
             of_class = explain_class(*given, classes, activation=batch.activation)
@@ -156,10 +162,9 @@ def accumulate_concepts(
             sums.mistakes += find_mistakes(batch.index, batch.logits, batch.labels, of_class, of_prediction)
             with torch.no_grad():
                 own = explainer.rebuilt_logits(codes, batch.logits)
-                rebuilt = (batch.tail(explainer.decoder_for(batch.activation)(codes)) if own is None else own).argmax(
-                    dim=1
-                )
-            sums.add_classes(batch, classes, predicted, rebuilt, of_class)
+                rebuilt = batch.tail(explainer.decoder_for(batch.activation)(codes)) if own is None else own
+            kept = decision_kept(batch.logits, rebuilt, predicted, batch.outputs)
+            sums.add_classes(batch, classes, predicted, kept, of_class)
         progress.advance(len(batch.index))
     progress.finish()
     return sums

@@ -123,7 +123,11 @@ def explain_layer(
         "format_version": 1,
         "layer": layer.name,
         "grid": list(layer.store.shapes[layer.name][1:] if drawn is not codes else explainer.spec.grid),
-        "importance": _importance_note(sums, affine=affine, own=explained_classes is not None),
+        "importance": (
+            _importance_note(sums, affine=affine, own=explained_classes is not None)
+            if layer.classifier.num_classes
+            else {"kind": "none", "definition": "The network has no head, so that concepts add to no logit."}
+        ),
         "images": _image_entries(sums, layer, shown, set(heldout_images.tolist()), explained),
         "concepts": concepts,
         "map": concept_map(similarity, of),
@@ -203,10 +207,11 @@ def _choose_examples(
     labels = layer.labels
     groups: dict[int, list[int]] = {}
     for i in images.tolist():
-        groups.setdefault(int(labels[i]) if labels[i] >= 0 else sums.predictions[i][0], []).append(i)
+        predicted = sums.predictions.get(i, (-1, 0.0))[0]
+        groups.setdefault(int(labels[i]) if labels[i] >= 0 else predicted, []).append(i)
     queues = []
     for members in sorted(groups.values(), key=len, reverse=True):
-        surest = sorted(members, key=lambda i: -sums.predictions[i][1])
+        surest = sorted(members, key=lambda i: -sums.predictions.get(i, (-1, 0.0))[1])
         wrong = [i for i in surest if labels[i] >= 0 and sums.predictions[i][0] != labels[i]]
         right = [i for i in surest if i not in set(wrong)]
         queues.append([i for pair in itertools.zip_longest(right, wrong) for i in pair if i is not None])
@@ -226,7 +231,7 @@ def _explain_examples(
     affine: bool,
 ) -> dict[int, dict[str, Any]]:
     """``drove``: the concept behind each mistake, which is then among the drivers that are shown."""
-    if explainer.target == "image" or not examples:
+    if explainer.target == "image" or not examples or not layer.classifier.num_classes:
         return {}
     found: dict[int, dict[str, Any]] = {}
     for batch in layer.batches(np.array(sorted(examples))):
@@ -251,12 +256,14 @@ def _image_entries(
     entries = []
     for i in shown:
         own_name = layer.store.info.class_names[targets[i]] if targets[i] >= 0 else None
-        predicted, probability = sums.predictions[i]
+        if layer.classifier.outputs == "multilabel":  # another strongest label would look like a mistake
+            own_name = None
+        predicted, probability = sums.predictions.get(i, (None, None))
         entries.append(
             {
                 "id": layer.store.ids[i],
                 "label": names[labels[i]] if labels[i] >= 0 else own_name,
-                "prediction": names[predicted],
+                "prediction": None if predicted is None else names[predicted],
                 "probability": probability,
                 "thumbnail": f"images/{_thumbnail(i)}",
                 "split": "held-out" if i in heldout else "fit",

@@ -137,9 +137,11 @@ def explain_images(
     maps : B times (K, H, W), or (K,) where there are none; default the codes, or heatmaps for pooled methods.
     heat : gives the maps (n, H, W) of some concepts of a single image instead.
     also : B concepts that are drivers in any case, or None.
-    affine : whether the tail is affine; None leaves out ``removal``.
+    affine : whether the tail is affine; None leaves out ``removal``, which is also left out for several labels, as it
+        is about the class that wins.
     pictures : B pictures (height, width, 3) in [0, 1].
     """
+    affine = None if batch.outputs == "multilabel" else affine
     with torch.no_grad():
         codes = explainer.encode(batch.activation)
     predicted, explained = batch.logits.argmax(dim=1), explainer.explained_classes
@@ -167,7 +169,7 @@ def explain_images(
         explanations.append(
             ImageExplanation(
                 prediction=class_names[int(predicted[row])],
-                probability=float(batch.logits[row].softmax(dim=0)[predicted[row]]),
+                probability=float(batch.probabilities[row, predicted[row]]),
                 explained_class=class_names[shown],
                 logit=logit,
                 rebuilt_logit=float(parts.rebuilt[row]),

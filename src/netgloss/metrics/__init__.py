@@ -31,7 +31,10 @@ from netgloss.metrics.faithfulness.agreement import (
     Agreement,
     accuracy_change,
     agreement,
+    decision_kept,
     kl_divergence,
+    label_agreement,
+    label_kl_divergence,
 )
 from netgloss.metrics.faithfulness.completeness import Completeness, completeness, completeness_value
 from netgloss.metrics.faithfulness.concept_deletion import ConceptDeletion, ranked_curve
@@ -84,6 +87,7 @@ __all__ = [
     "contributions",
     "cosines",
     "dead_share",
+    "decision_kept",
     "dictionary_metrics",
     "dictionary_score",
     "explain_class",
@@ -94,6 +98,8 @@ __all__ = [
     "interval",
     "kl_divergence",
     "l0",
+    "label_agreement",
+    "label_kl_divergence",
     "linear_value",
     "masked_logits",
     "matched_similarity",

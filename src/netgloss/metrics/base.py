@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from netgloss.classifiers.heads import Outputs
 from netgloss.errors import UserError
 
 REPLICATES = 200
@@ -107,11 +108,13 @@ class ImageMetric(Metric):
         ``logits_rebuilt`` (B, classes), ``labels`` (B,; -1 unknown) it reads.
     bounds : the values it can take.
     higher_is_better, definition : as in :class:`Score`.
+    outputs : the kind of logits; another one is for subclasses that measure the same of another kind.
     """
 
     name: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]]
     definition: ClassVar[str]
+    outputs: ClassVar[Outputs] = "multiclass"
     bounds: ClassVar[Bounds] = UNBOUNDED
     higher_is_better: bool | None = None
     full_state_update = False
@@ -352,9 +355,17 @@ def dictionary_score(
 _Kind = TypeVar("_Kind")
 
 
-def image_metrics() -> list[type[ImageMetric]]:
-    """Every image metric of this package, by name; make a new instance for each run."""
-    return _named_subclasses(ImageMetric)
+def image_metrics(outputs: Outputs = "multiclass") -> list[type[ImageMetric]]:
+    """Every image metric of this package, by name; make a new instance for each run.
+
+    Parameters
+    ----------
+    outputs : the kind of the classifier's logits. A subclass made for it (``outputs`` in its body) stands in for the
+        metric that it derives from, under the same name.
+    """
+    known = _named_subclasses(ImageMetric)
+    made_for = {cls: [c for c in cls.__subclasses__() if vars(c).get("outputs") == outputs] for cls in known}
+    return [next(iter(made_for[cls]), cls) for cls in known]
 
 
 def dictionary_metrics() -> list[type[DictionaryMetric]]:

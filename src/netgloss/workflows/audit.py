@@ -122,10 +122,20 @@ def _opened(
     if out is None:
         raise UserError("audit of a classifier needs out=, the folder of its run")
     classifier = model if isinstance(model, Classifier) else load_classifier(model)
+    _refuse_labels(classifier)
     if layer == "auto":
         layer = last_map(classifier)
         execution.shown.say(f"layer {layer}: the last map before pooling")
     return explain(method, classifier, layer, source, out=out, device=execution, **fields)
+
+
+def _refuse_labels(classifier: Classifier) -> None:
+    classifier.require_head("audit")
+    if classifier.outputs == "multilabel":
+        raise UserError(
+            f"{classifier.name} gives several labels per image (--multi-label); audit asks which one class a cue "
+            "decides, and does not know such networks"
+        )
 
 
 class _Photos:
@@ -139,6 +149,7 @@ class _Photos:
     def __init__(
         self, run: Run, classifier: Classifier, source: ImageSource, annotations: str | None, execution: Execution
     ) -> None:
+        _refuse_labels(classifier)
         store = Store.open(run.store)
         check_origin(store, classifier=classifier, source=source)
         self.run, self.classifier, self.source = run, classifier, source

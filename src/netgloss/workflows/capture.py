@@ -29,7 +29,7 @@ def _say_what_is_read(classifier: Classifier, source: ImageSource, execution: Ex
     """What was passed over, and which of the images' classes the network knows."""
     for note in source.notes:
         execution.shown.say(f"note: {one_line(note)}")
-    if source.class_names:
+    if source.class_names and classifier.outputs not in ("multilabel", "none"):
         execution.shown.say(compare_classes(source.class_names, classifier.class_names, classifier.wnids).line)
 
 

@@ -235,12 +235,12 @@ def compare(
     record = {
         **_record(context, options, execution.command),
         "control_networks": {name: describe_network(name, network) for name, network in networks.items()},
-        "warnings": warnings,
+        "warnings": [*warnings, *context.notes],
         "methods": [subject.record() for subject in subjects],
     }
     questions = ["scores", "faithfulness", *(["dissection"] if annotated else [])]
     images_of = {question: context.images_of(question) for question in questions}
-    record |= comparison_parts(subjects, images_of, f"{options.on_rate:g}")
+    record |= comparison_parts(subjects, images_of, f"{options.on_rate:g}", classifier.outputs)
     record["seconds"] = round(time.perf_counter() - started, 1)
     return write_comparison(Comparison(record), out)
 
@@ -399,7 +399,7 @@ def _rehearse_evaluation(rehearsal: Rehearsal, subjects: list[Subject], options:
         head = _record(context, options, "") | {"control_networks": networks, "warnings": warnings, "seconds": 0.0}
         record = {**head, "methods": [subject.record() for subject in subjects]}
         images_of = {question: context.images_of(question) for question in ("scores", "faithfulness")}
-        record |= comparison_parts(subjects, images_of, f"{options.on_rate:g}")
+        record |= comparison_parts(subjects, images_of, f"{options.on_rate:g}", classifier.outputs)
         write_comparison(Comparison(record), rehearsal.folder / "comparison")
 
 

@@ -224,7 +224,8 @@ def _score(opened: _Opened) -> None:
                 return
             if options.untrained_images and opened.source is not None:
                 add_untrained_network(context, subject, options.untrained_images)
-            run.write_scores(subject_scores(subject) + subject.dictionary)
+            scores = subject_scores(subject, outputs=opened.classifier.outputs)
+            run.write_scores(scores + subject.dictionary)
         with opened.timed("explanations"):
             stability = per_concept_stability(explainers, layer, images)
             _write_explanations(opened, explainers[0], layer, fit_images, heldout, stability, affine=affine)
@@ -279,22 +280,26 @@ def _suspicious_logits(logits: np.ndarray, *, several: bool, least: int = 10) ->
 def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) -> list[str]:
     """What a reader of the scores must know first."""
     store, tail = context.store, context.tail
-    warnings = []
+    warnings = context.notes
     match = compare_classes(store.info.class_names, layer.classifier.class_names, layer.classifier.wnids)
-    if match.missing:
+    if match.missing and layer.classifier.outputs not in ("multilabel", "none"):
         warnings.append(match.line + ("; accuracies are left out" if (layer.labels < 0).all() else ""))
     if store.info.model.get("random_weights"):
         warnings.append("the network has random weights: its concepts and scores say nothing about a trained one")
     if tail.mode != "graph":
         warnings.append(f"logits are computed by replaced forwards: {tail.reason}")
-    if tail.ignores_patches:
+    if tail.ignores_layer:
+        parts = (
+            ("class token", "patches reach") if tail.layout.pool == "cls" else ("patch tokens", "class token reaches")
+        )
         warnings.append(
-            f"the logits do not depend on the patch tokens of {tail.layer!r}: only its class token reaches the head, "
-            "so contributions are 0; explain an earlier layer"
+            f"the logits do not depend on the {parts[0]} of {tail.layer!r}: only its {parts[1]} the head, so "
+            "contributions are 0; explain an earlier layer"
         )
     logits, explained = store.read_logits(context.images), explainer.explained_classes
     if logits is not None and not store.info.model.get("random_weights"):
-        warnings += _suspicious_logits(logits, several=len(store.info.class_names or ()) > 1)
+        several = len(store.info.class_names or ()) > 1 and layer.classifier.outputs != "multilabel"
+        warnings += _suspicious_logits(logits, several=several)
     if logits is not None and explained is not None:
         missing = int((~np.isin(logits.argmax(axis=1), explained)).sum())
         if missing:
@@ -378,6 +383,7 @@ def _write_explanations(
 def _add_faithfulness(opened: _Opened, options: FaithfulnessOptions) -> None:
     """Adds C-deletion, ConceptSHAP, Sobol indices and the agreement of importances to the scores of a run."""
     run = opened.run
+    opened.classifier.require_head("faithfulness")
     subject = Subject.of_run(run)
     if subject.explainers[0].target != "activation":
         raise UserError(f"{run.method} does not rebuild the activation: its concepts cannot be deleted one by one")
@@ -397,5 +403,5 @@ def _add_faithfulness(opened: _Opened, options: FaithfulnessOptions) -> None:
     evaluate_subjects(context, [subject], only="faithfulness")
     if not subject.results:
         raise UserError(subject.notes[-1] if subject.notes else "no faithfulness was measured (0 images?)")
-    added = subject_scores(subject, "faithfulness")
+    added = subject_scores(subject, "faithfulness", outputs=opened.classifier.outputs)
     run.write_scores([score for score in run.scores if score.metric not in FAITHFULNESS] + added)

@@ -119,6 +119,17 @@ def prepare_fit(
     fit_images, heldout = split_store(store)
     model = store.info.model
 
+    reads = set(cls.needs(config)) | ({"to_logits"} if cls.target == "image" else set())
+    if model and not model.get("class_names") and {"logits", "tail", "to_logits"} & reads:
+        raise UserError(
+            f"{method_name(cls)} needs the network's logits, and this network has no head: choose another method"
+        )
+    if model.get("multi_label") and {"tail", "to_logits"} & reads:
+        raise UserError(
+            f"{method_name(cls)} learns from class probabilities that add up to 1, and this network gives several "
+            "labels per image (--multi-label): choose another method"
+        )
+
     def network() -> Classifier:
         if classifier is None and not model:
             raise UserError(f"{store.path} does not say which network it is of: give fit the classifier")

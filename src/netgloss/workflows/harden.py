@@ -13,7 +13,6 @@ continues where it stopped.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import math
@@ -36,6 +35,7 @@ from netgloss.adversarial.pixels import LabelledPixels, load_pixels
 from netgloss.adversarial.probe import AttackChoice, attack_probe
 from netgloss.adversarial.robustness import Attacked, AttackPlan, masking_failures, robust_accuracies
 from netgloss.classifiers import Classifier, load_classifier
+from netgloss.classifiers.modules import copied
 from netgloss.errors import UserError
 from netgloss.metrics.consistency.units import top_set_size
 from netgloss.metrics.feature_health import response_correlation
@@ -279,7 +279,7 @@ class _Job:
     # -- evaluating -----------------------------------------------------------------------------------------------
 
     def _pixels(self, arm: str, seed: int) -> PixelClassifier:
-        net = copy.deepcopy(self.classifier.net).to(memory_format=torch.channels_last)
+        net = copied(self.classifier.net).to(memory_format=torch.channels_last)
         if arm != "original":
             from netgloss.classifiers.checkpoints import load_weights, read_checkpoint
 

@@ -231,7 +231,7 @@ def _write_store(
     activation, logits = activation[picked] * scale, logits[picked]
     store = Store.create(
         path,
-        key=StoreKey("", {}, (layer,), "", dtype=str(activation.dtype)),
+        key=StoreKey("", {}, (layer,), "", dtype=str(activation.dtype), logits=logits.shape[1] > 0),
         info=StoreInfo(),
         shapes={layer: activation.shape[1:]},
         ids=[f"n01440764/n01440764_{i:08d}.JPEG" for i in range(num)],
@@ -241,6 +241,6 @@ def _write_store(
     started = time.perf_counter()
     for chunk in store.pending:
         at = store.chunk_slice(chunk)
-        values = {layer: activation[at]}
-        store.write_chunk(chunk, activations=values, positions={}, logits=logits[at], problems=[""] * len(logits[at]))
+        values, given = {layer: activation[at]}, logits[at] if logits.shape[1] else None
+        store.write_chunk(chunk, activations=values, positions={}, logits=given, problems=[""] * len(values[layer]))
     return Store.open(path), (activation.nbytes + logits.nbytes) / (time.perf_counter() - started)

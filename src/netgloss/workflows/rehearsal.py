@@ -318,7 +318,7 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
 def unmatched_classes(classifier: Classifier, source: ImageSource) -> str:
     """One line if some classes of the images are none of the classifier's; "" otherwise."""
     names = list(source.class_names)
-    if not names:
+    if not names or classifier.outputs in ("multilabel", "none"):
         return ""
     found = match_classes(names, classifier.class_names, classifier.wnids)
     missing = [name for name, place in zip(names, found.tolist(), strict=True) if place < 0]

@@ -68,6 +68,7 @@ class UploadExplainer:
         if self.explainer.target == "image":
             raise UserError(f"{run.method} rebuilds images, not logits: netgloss show explains single images with it")
         classifier = run.network or run.classifier()
+        classifier.require_head("explaining an upload")
         self.classifier = classifier.to(Execution.of(device).torch_device)
         self.explainer.to(self.classifier.device)
         self.reader = LayerReader(self.classifier, run.layer, self.explainer)

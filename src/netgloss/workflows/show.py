@@ -63,6 +63,7 @@ def show(
     run = run if isinstance(run, Run) else Run(run)
     source = open_sources(images)
     classifier = (run.network or run.classifier()).to(execution.torch_device)
+    classifier.require_head("show")
     explainer = run.explainer.to(classifier.device)
     reader = LayerReader(classifier, run.layer, explainer, source)
     if explainer.target == "image" and not isinstance(explainer, ClaDec):
