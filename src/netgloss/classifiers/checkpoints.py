@@ -1,4 +1,9 @@
-"""Reading weights from files: safetensors, or PyTorch state dicts without code in them."""
+"""Reading weights from files: safetensors, or PyTorch state dicts without code in them.
+
+Files are taken as training scripts write them: the state dict bare or under the usual keys, with an exponential moving
+average (EMA) beside it, with what wrappers put before every name, in any float precision. Whatever is chosen or left
+out becomes a note.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import hashlib
 import pickle
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +22,44 @@ from netgloss.errors import UserError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts store the state dict."""
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-"""What DataParallel, torch.compile and training wrappers put before every name."""
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+"""Keys under which they store the moving average of the weights."""
+KEY = "::"
+"""Between a file and the key of the state dict in it: ``run.pth::state_dict_ema``."""
+
+
+class OtherHeadError(UserError):
+    """The weights fit but for a head of another number of classes."""
+
+    def __init__(self, message: str, num_classes: int) -> None:
+        super().__init__(message)
+        self.num_classes = num_classes
+
+
+def checkpoint_file(path: str | Path) -> tuple[Path, str]:
+    """The file of a checkpoint, and the key of the state dict in it ("" if none is named)."""
+    file, mark, key = str(path).rpartition(KEY)
+    return (Path(file), key) if mark and not Path(path).exists() else (Path(path), "")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU; no code in the file is ever run.
+
+    Parameters
+    ----------
+    path : the file, or ``FILE::KEY`` for one of several state dicts in it.
 
     Raises
     ------
     UserError
         For a missing or unreadable file, a pickle with code, or a file without a state dict.
     """
-    path = Path(path)
+    return read_weights(path)[0]
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """:func:`read_checkpoint`, and notes of what was chosen."""
+    path, key = checkpoint_file(path)
     if path.is_dir():
         raise UserError(f"checkpoint {path} is a folder; name the weights file inside it")
     if not path.is_file():
@@ -38,36 +68,76 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if other:
         raise UserError(f"checkpoint {path} {other}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for _ in range(2):
-        wrapper = next((w for w in WRAPPERS if isinstance(content, dict) and isinstance(content.get(w), dict)), None)
-        content = content if wrapper is None else content[wrapper]
+    content, notes = _chosen(content, path, key)
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not state or len(state) != len(content):
         what = f"a dict of {_few(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise UserError(
             f"checkpoint {path} holds no state dict (tensors by name, bare or under {_few(WRAPPERS)}) but {what}"
         )
-    return state
+    low = sorted({str(v.dtype).removeprefix("torch.") for v in state.values() if v.dtype in _LOW})
+    notes += [f"the weights in {path.name} are {' and '.join(low)}; they are computed with in float32"] if low else []
+    return state, notes
 
 
-def load_weights(net: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> None:
-    """Fills every weight of ``net`` from ``state``, or says in one line what does not fit and leaves ``net`` as it
-    was.
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def _chosen(content: Any, path: Path, key: str) -> tuple[Any, list[str]]:
+    """The state dict among what a file holds: what ``key`` names, else an average of the weights, else the weights."""
+    notes: list[str] = []
+    if key:
+        inner = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(inner, dict):
+            known = [k for k, v in content.items() if isinstance(v, dict)] if isinstance(content, dict) else []
+            raise UserError(f"checkpoint {path} has no state dict {key!r}; it has {_few(known) or 'none'}")
+        content = inner
+    for _ in range(3):
+        if not isinstance(content, dict):
+            break
+        inner = [k for k in (*AVERAGES, *WRAPPERS) if isinstance(content.get(k), dict) and content[k]]
+        if not inner:
+            break
+        if inner[0] in AVERAGES and len(inner) > 1:
+            notes.append(
+                f"{path.name} holds weights ({inner[-1]}) and their moving average ({inner[0]}): the average is taken; "
+                f"{path.name}{KEY}{inner[-1]} takes the others"
+            )
+        content = content[inner[0]]
+    return content, notes
+
+
+def load_weights(net: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> list[str]:
+    """Fills every weight of ``net`` from ``state``, or says in one line what does not fit and leaves ``net`` as it was.
+
+    Returns
+    -------
+    Notes of what of the file was left out.
+
+    Raises
+    ------
+    UserError : names or shapes differ; :class:`OtherHeadError` where the head alone is of another size.
     """
     own = net.state_dict()
-    state = _renamed(state, set(own))
+    state, notes = _renamed(state, own)
     shapes = {
         k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own and v.shape != own[k].shape
     }
     if shapes:
-        raise UserError(f"checkpoint {source} does not fit the network: {_shape_mismatch(shapes)}")
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = [name for name in own if name not in state and name not in optional]
+        message, classes = _shape_mismatch(shapes)
+        message = f"checkpoint {source} does not fit the network: {message}"
+        raise OtherHeadError(message, classes) if classes and set(state) >= _required(own) else UserError(message)
+    missing = [name for name in own if name not in state and name in _required(own)]
     unexpected = [name for name in state if name not in own]
     if missing or unexpected:
         parts = [f"{len(n)} {w} ({_few(n)})" for n, w in ((missing, "missing"), (unexpected, "unexpected")) if n]
         raise UserError(f"checkpoint {source} does not fit the network: {' and '.join(parts)}")
     net.load_state_dict(state, strict=False)
+    return notes
+
+
+def _required(own: Mapping[str, Any]) -> set[str]:
+    return {name for name in own if not name.endswith("num_batches_tracked")}
 
 
 def hash_weights(net: nn.Module) -> str:
@@ -133,27 +203,40 @@ def _read_torch(path: Path) -> Any:
         raise UserError(f"checkpoint {path} {what} ({_line(error)})") from error
 
 
-def _renamed(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
-    """``state`` without the prefixes and old spellings that keep its names from being the network's own."""
-    for _ in range(2):
-        for prefix in PREFIXES:
-            if all(name.startswith(prefix) for name in state) and not own & state.keys():
-                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    if not any(".denselayer" in name for name in state):
-        return state
+def _renamed(state: dict[str, Tensor], own: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """``state`` without the prefix and old spellings that keep its names from being the network's own.
+
+    A prefix (``module.``, ``_orig_mod.``, ``model.`` or any other) is what stands before all names of the network. What
+    a training module holds besides the network (a loss with weights, a counter of averages) is left out, with a note.
+    """
     old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # torchvision's published DenseNets
-    return {name if name in own else old.sub(r"\1\2.", name): tensor for name, tensor in state.items()}
+    if any(".denselayer" in name for name in state):
+        state = {name if name in own else old.sub(r"\1\2.", name): tensor for name, tensor in state.items()}
+    required = _required(own)
+    if not required or required <= state.keys():
+        return state, []
+    first = next(name for name in own if name in required)
+    for name in state:
+        prefix = name.removesuffix(first)
+        if prefix != name and all(prefix + other in state for other in required):
+            kept = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+            left = [n for n in state if not n.startswith(prefix)]
+            notes = [f"{len(left)} tensors of the file belong to no part of the network: {_few(left)}"] if left else []
+            return kept, notes
+    return state, []
 
 
-def _shape_mismatch(shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+def _shape_mismatch(shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[str, int]:
+    """What differs, and the number of classes of the file's head if it is the head alone (else 0)."""
     mismatches = [
         f"{name} is {found} in the file, {own} in the network" for name, (found, own) in list(shapes.items())[:3]
     ]
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
     heads = {(found[0], own[0]) for found, own in shapes.values() if found and own and found[1:] == own[1:]}
     only_head = len(heads) == 1 and all(found and own and found[1:] == own[1:] for found, own in shapes.values())
-    hint = f"; its head has {next(iter(heads))[0]} classes: pass num_classes" if only_head else ""
-    return "; ".join(mismatches) + more + hint
+    classes = next(iter(heads))[0] if only_head else 0
+    hint = f"; its head has {classes} classes: pass num_classes" if only_head else ""
+    return "; ".join(mismatches) + more + hint, classes
 
 
 def _few(names: Iterable[Any]) -> str:

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from netgloss.class_names import class_list
-from netgloss.classifiers.checkpoints import hash_weights, load_weights, read_checkpoint
+from netgloss.classifiers.checkpoints import (
+    KEY,
+    OtherHeadError,
+    checkpoint_file,
+    hash_weights,
+    load_weights,
+    read_weights,
+)
 from netgloss.classifiers.heads import Outputs, with_logits
 from netgloss.classifiers.layouts import KINDS, POOLS, Layout, corner_images, find_layout, keep_layout
 from netgloss.classifiers.modules import copied, frozen
@@ -46,6 +53,7 @@ class Classifier:
     class_names : one name a logit (``"class 0"`` ... where nobody said).
     checkpoint : file of the weights, or None.
     origin : how to load it again; part of :meth:`spec`.
+    notes : what was chosen when the weights were read.
     outputs : the kind of its logits: "multiclass", "multilabel", "binary", or "none" for a network without a head
         (``classifiers/heads.py``).
 
@@ -73,6 +81,7 @@ class Classifier:
         head: bool | None = None,
     ) -> None:
         self.net = frozen(net)
+        self.notes: list[str] = []
         self._checked: set[str] = set()
         self.name = name
         self.preprocessing = preprocessing
@@ -262,7 +271,8 @@ def load_classifier(
     name_or_module : ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, ``path/to/file.py:factory``, ``critters``, or a
         module, which is copied (yours stays as it is).
     checkpoint : .safetensors file, or a PyTorch state dict, read with ``weights_only=True``; nothing is downloaded
-        then.
+        then. ``FILE::KEY`` names one of several state dicts in it; by default a moving average is taken before the
+        weights that it averages. A head of another size than the name's is built as the file has it.
     random_weights : draw the weights with ``seed`` instead; nothing is downloaded either.
     num_classes : handed to timm, torchvision or the factory. 0 leaves the head out, of any network: its layers are
         explained without logits.
@@ -290,20 +300,33 @@ def load_classifier(
     else:
         changes = dict(preprocessing or {})
     changes |= {k: v for k, v in {"size": input_size, "mean": mean, "std": std}.items() if v is not None}
-    state = None if checkpoint is None else read_checkpoint(checkpoint)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        built = build(
-            name_or_module,
-            pretrained=state is None and not random_weights,
-            num_classes=num_classes,
-            size=None if changes.get("size") is None else Preprocessing(size=changes["size"]).size,
-            state_names=state or (),
-        )
+    state, notes = (None, []) if checkpoint is None else read_weights(checkpoint)
+
+    def make(classes: int | None) -> Built:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return build(
+                name_or_module,
+                pretrained=state is None and not random_weights,
+                num_classes=classes,
+                size=None if changes.get("size") is None else Preprocessing(size=changes["size"]).size,
+                state_names=state or (),
+            )
+
+    built = make(num_classes)
     net = built.net
     if state is not None:
         assert checkpoint is not None
-        load_weights(net, state, source=checkpoint)
+        try:
+            notes += load_weights(net, state, source=checkpoint)
+        except OtherHeadError as other:
+            if num_classes is not None or not built.origin.startswith(("timm:", "torchvision:")):
+                raise
+            num_classes = other.num_classes
+            built = make(num_classes)
+            net = built.net
+            notes += load_weights(net, state, source=checkpoint)
+            notes.append(f"the head has {other.num_classes} classes, as in {checkpoint_file(checkpoint)[0].name}")
     elif random_weights and not built.seeded:
         net = reinitialised(net, seed=seed)
     imagenet = str(class_names) == "imagenet" and not Path("imagenet").exists()
@@ -311,8 +334,10 @@ def load_classifier(
         names: Any = imagenet_names("imagenet-1k")
     else:
         names = _read_names(class_names) if isinstance(class_names, (str, Path)) else class_names
-    checkpoint = None if checkpoint is None else str(Path(checkpoint).resolve())
-    return Classifier(
+    if checkpoint is not None:
+        file, key = checkpoint_file(checkpoint)
+        checkpoint = f"{file.resolve()}{KEY}{key}" if key else str(file.resolve())
+    classifier = Classifier(
         net,
         name=built.name,
         preprocessing=_preprocessing(built, changes),
@@ -328,6 +353,8 @@ def load_classifier(
         },
         head=False if num_classes == 0 else None,
     )
+    classifier.notes += notes
+    return classifier
 
 
 def load_from_spec(
@@ -354,7 +381,7 @@ def load_from_spec(
             "netgloss.load(folder, classifier=...)"
         )
     moved = checkpoint or spec["checkpoint"]
-    if moved is not None and not Path(moved).exists():
+    if moved is not None and not checkpoint_file(moved)[0].exists():
         raise UserError(
             f"the checkpoint {moved} of {name} is not there any more: say where it is with --checkpoint FILE "
             "(netgloss.load(folder, checkpoint=...))"

@@ -22,7 +22,8 @@ class Model:
     """timm:NAME, torchvision:NAME, hf:OWNER/NAME or hf:/path/to/folder (Hugging Face), path/to/file.py:factory, or
     critters (the network that ships with netgloss)."""
     checkpoint: Path | None = None
-    """Weights: a .safetensors file or a PyTorch state dict (pickles with code are refused)."""
+    """Weights: a .safetensors file or a PyTorch state dict (pickles with code are refused). FILE::KEY names one of
+    several state dicts in it."""
     random_weights: bool = False
     """Use random weights instead of the published pretrained ones (which are downloaded if there is no checkpoint)."""
     class_names: Path | None = None

@@ -27,7 +27,7 @@ def store_info(classifier: Classifier, source: ImageSource) -> StoreInfo:
 
 def _say_what_is_read(classifier: Classifier, source: ImageSource, execution: Execution) -> None:
     """What was passed over, and which of the images' classes the network knows."""
-    for note in source.notes:
+    for note in (*classifier.notes, *source.notes):
         execution.shown.say(f"note: {one_line(note)}")
     if source.class_names and classifier.outputs not in ("multilabel", "none"):
         execution.shown.say(compare_classes(source.class_names, classifier.class_names, classifier.wnids).line)
