@@ -7,6 +7,7 @@ this process, or allowed it (``netgloss --trust-code ...``, ``netgloss.trust_cod
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,33 @@ def note_code(file: str | Path) -> None:
     _named.add(Path(file).resolve())
 
 
+def code_file(name: str) -> tuple[str, str]:
+    """The file of ``path/to/file.py[:attribute]``, and the attribute ("" if none); colons in the path do not matter."""
+    file, mark, attribute = name.rpartition(".py:")
+    return (f"{file}.py", attribute) if mark else (name, "")
+
+
+@contextmanager
+def importing_beside(file: Path) -> Iterator[None]:
+    """Inside the block the file's own folder is searched for imports first, as if Python had been started there.
+
+    Modules found there are forgotten at the end, so that another file may have a sibling of the same name; the folder
+    stays the last one that is searched, for imports that happen later.
+    """
+    folder, before = str(file.resolve().parent), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+        for name in set(sys.modules) - before:
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and not name.startswith("netgloss") and Path(origin).resolve().is_relative_to(folder):
+                del sys.modules[name]
+
+
 def check_code(name: str, where: str) -> None:
     """Refuses ``file.py[:attribute]`` in ``where`` unless the user named or allowed it; other names pass.
 
@@ -47,7 +75,7 @@ def check_code(name: str, where: str) -> None:
     ------
     UserError : names the file, and what allows it.
     """
-    file = name.partition(":")[0]
+    file, _ = code_file(name)
     if ".py" in name and not _all and Path(file).resolve() not in _named:
         raise UserError(
             f"{where} asks to run the Python file {file!r}: say --trust-code (in Python: netgloss.trust_code()) if you "

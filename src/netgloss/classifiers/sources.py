@@ -23,7 +23,7 @@ from netgloss.classifiers.huggingface import HuggingFaceNetwork
 from netgloss.classifiers.modules import prepared
 from netgloss.classifiers.preprocessing import Preprocessing
 from netgloss.errors import UserError, nearest
-from netgloss.trust import note_code
+from netgloss.trust import code_file, importing_beside, note_code
 
 
 @dataclass
@@ -54,6 +54,11 @@ def build(
             raise UserError(f"num_classes={num_classes} cannot change a module that is built already")
         net = prepared(source)
         return _from_module(net, type(net).__name__, f"module:{type(net).__name__}")
+    file, factory = code_file(source)
+    if file.endswith(".py"):
+        path = Path(file)
+        net = _from_file(path, factory, num_classes)
+        return _from_module(net, f"{path.name}:{factory}", f"{path.resolve()}:{factory}")
     library, _, name = source.partition(":")
     if library == "hf":
         found = HuggingFaceNetwork(name, pretrained=pretrained, num_classes=num_classes, size=size)
@@ -69,9 +74,6 @@ def build(
         from netgloss.data.critters_net import load_critters_net
 
         return _from_module(load_critters_net(), "critters", "critters")
-    if library.endswith(".py"):
-        path = Path(library)
-        return _from_module(_from_file(path, name, num_classes), f"{path.name}:{name}", f"{path.resolve()}:{name}")
     raise UserError(
         f"unknown classifier {source!r}; pass timm:NAME, torchvision:NAME, hf:NAME, path/to/file.py:factory or critters"
         + (f" (timm:{source}?)" if source.isidentifier() else "")
@@ -100,14 +102,16 @@ def _from_file(path: Path, factory: str, num_classes: int | None) -> nn.Module:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
+        with importing_beside(path):
+            spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"the classifier's file {path} cannot be run: {type(error).__name__}: {error}") from error
     make = getattr(module, factory, None) if factory else None
     if not callable(make):
         known = [n for n, value in vars(module).items() if callable(value) and value.__module__ == module_name]
         raise UserError(f"{path} has no factory {factory!r}; it has {', '.join(known) or 'none'} (write {path}:NAME)")
-    net = make() if num_classes is None else make(num_classes=num_classes)
+    with importing_beside(path):
+        net = make() if num_classes is None else make(num_classes=num_classes)
     if not isinstance(net, nn.Module):
         raise UserError(f"the factory {factory!r} of {path} gave a {type(net).__name__}, not an nn.Module")
     return net

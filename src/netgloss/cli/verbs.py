@@ -155,6 +155,8 @@ class Evaluate:
     """The images of the store again: for pictures, the untrained-network control and layers inside a block."""
     eval_images: str | None = None
     """Those of --eval-images again, if the store was captured with it."""
+    verify: bool = False
+    """Read every image file again to compare it with the store, even if no file seems to have changed."""
     untrained_images: int = 256
     """Images for the untrained-network control; 0 leaves it out."""
     max_images: int | None = None
@@ -173,15 +175,19 @@ class Evaluate:
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self) -> None:
+        from netgloss.data.sources import open_sources
+        from netgloss.errors import UserError
         from netgloss.evaluation.faithful import FaithfulnessOptions
         from netgloss.runs.run import load
         from netgloss.workflows.evaluate import EvaluationOptions, evaluate
 
+        if self.verify and self.images is None:
+            raise UserError("--verify compares image files with the store: give them by --images")
+        source = self.images and open_sources(self.images, self.eval_images, verify=self.verify)
         with self.processes.execution() as execution:
             run = evaluate(
                 load(self.run_folder, checkpoint=self.checkpoint),
-                images=self.images,
-                eval_images=self.eval_images,
+                images=source or None,
                 annotations=self.annotations,
                 decoder=self.decoder,
                 faithfulness=FaithfulnessOptions() if self.faithfulness else None,

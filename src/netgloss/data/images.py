@@ -120,6 +120,10 @@ def few(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(map(printable, names[:limit])) + more
 
 
+_RESULTS = ("run.json", "result.json", "comparison.json", "audit.json", "zarr.json")
+"""One of these lies in every folder that netgloss writes; their pictures are no images to explain."""
+
+
 def list_files(root: Path) -> tuple[list[str], list[str]]:
     """Every regular file below a folder and what was passed over.
 
@@ -154,6 +158,9 @@ def list_files(root: Path) -> tuple[list[str], list[str]]:
             if not folder:
                 raise UserError(f"the folder {printable(root)} cannot be listed: {_listing(error)}") from error
             passed["folders without permission to list them"].append(folder)
+            continue
+        if folder and any(entry.name in _RESULTS for entry in entries):
+            passed["folders of results of netgloss"].append(folder)
             continue
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from netgloss.data.annotations import open_annotations
 from netgloss.data.arrays import ArraySource, open_npz
-from netgloss.data.base import ImageSource
+from netgloss.data.base import ImageSource, Joined
 from netgloss.data.images import (
     EXTENSIONS,
     FileState,
@@ -162,6 +162,22 @@ def _open(spec: Any) -> ImageSource:
             f"{printable(path)} is neither a folder nor an .npz file nor an image ({', '.join(EXTENSIONS)})"
         )
     return FileSource(path.parent, [path.name], labelled=False, description=printable(path.name))
+
+
+def refuse_among_images(out: str | os.PathLike[str], source: ImageSource) -> None:
+    """Refuses to write pictures into a folder of images, where the next command would read them as images.
+
+    Raises
+    ------
+    UserError : ``out`` lies in a folder that ``source`` reads.
+    """
+    place = Path(os.path.realpath(out))
+    for part in (source.fit, source.heldout) if isinstance(source, Joined) else (source,):
+        if isinstance(part, FileSource) and len(part) > 1 and place.is_relative_to(os.path.realpath(part.root)):
+            raise UserError(
+                f"{printable(out)} lies among the images in {printable(part.root)}: pictures written there would be "
+                "read as images the next time; choose another folder"
+            )
 
 
 def _open_folder(root: Path) -> FileSource:

@@ -12,7 +12,7 @@ from typing import Any
 
 from netgloss.errors import UserError, unknown
 from netgloss.explainers.base import Explainer, ExplainerConfig
-from netgloss.trust import note_code
+from netgloss.trust import code_file, importing_beside, note_code
 
 _NOT_METHODS = {"base", "class_scores", "image_decoders", "part_maps", "names", "rows", "sparse_autoencoder"}
 
@@ -43,7 +43,7 @@ def method_name(cls: type[Explainer]) -> str:
 
 
 def _from_file(method: str) -> type[Explainer]:
-    file, _, name = method.partition(":")
+    file, name = code_file(method)
     path = Path(file).resolve()
     if not path.is_file():
         raise UserError(f"method file {file!r} does not exist (asked for by {method!r})")
@@ -56,7 +56,8 @@ def _from_file(method: str) -> type[Explainer]:
         assert spec.loader is not None
         module = sys.modules[known] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            with importing_beside(path):
+                spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[known]
             raise UserError(f"method file {file!r} cannot be imported: {type(error).__name__}: {error}") from error

@@ -43,6 +43,7 @@ from netgloss.runs.comparison import Comparison
 from netgloss.runs.run import Run, versions
 from netgloss.training.execution import Execution
 from netgloss.training.inputs import upper_layers
+from netgloss.trust import code_file
 from netgloss.workflows.annotate import open_annotated
 from netgloss.workflows.capture import store_info
 from netgloss.workflows.control_networks import UNTRAINED, add_network, describe_network
@@ -473,7 +474,7 @@ def _labels(methods: Sequence[str]) -> list[str]:
     for method in methods:
         label = method
         if ".py" in method:
-            file, _, name = method.partition(":")
+            file, name = code_file(method)
             label = name or Path(file).stem
         label = re.sub(r"[^\w.-]+", "-", label).strip("-.") or "method"
         same = sum(other == label or other.startswith(f"{label}-") for other in labels)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from netgloss.activations import Store
 from netgloss.activations.layer import split_store
-from netgloss.data.sources import open_sources
+from netgloss.data.sources import open_sources, refuse_among_images
 from netgloss.errors import UserError
 from netgloss.explainers.part_maps import coinciding_peaks, mean_of_pairs, peak_mask
 from netgloss.explanations.part_galleries import distinct_filters, strongest_images, track_shares
@@ -61,6 +61,7 @@ def parts(
         raise UserError(f"distinct is a share of the images, above 0 and at most 1, got {distinct:g}")
     run = run if isinstance(run, Run) else Run(run)
     source, store = open_sources(images), Store.open(run.store)
+    refuse_among_images(out, source)
     if not store.is_of(source):
         raise UserError(f"{source.description} are not the images of the run {run.path}")
     if len(store.shapes[run.layer]) != 3:

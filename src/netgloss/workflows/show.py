@@ -12,7 +12,7 @@ import numpy as np
 from netgloss.activations import image_batches
 from netgloss.activations.capture import odd_images
 from netgloss.activations.layer import LayerReader
-from netgloss.data.sources import open_sources
+from netgloss.data.sources import open_sources, refuse_among_images
 from netgloss.errors import UserError, one_line
 from netgloss.evaluation.decoded import DecodedImage, Pictures, decode_images
 from netgloss.explainers.cladec import ClaDec
@@ -62,6 +62,8 @@ def show(
     execution = Execution.of(device)
     run = run if isinstance(run, Run) else Run(run)
     source = open_sources(images)
+    if out is not None:
+        refuse_among_images(out, source)
     classifier = (run.network or run.classifier()).to(execution.torch_device)
     classifier.require_head("show")
     explainer = run.explainer.to(classifier.device)
