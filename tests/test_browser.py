@@ -123,7 +123,7 @@ def test_search_and_filter(tab: Tab) -> None:
     shown = page.locator(".card:visible").count()
     serving = page.evaluate(
         "JSON.parse(document.getElementById('data').textContent).concepts"
-        ".filter(c => c.classes.some(k => k.class === 'church' && k.contribution > 0)).length"
+        ".filter(c => c.classes.some(k => k.class === 'church' && k.contribution > 0.24)).length"
     )
     assert shown == serving < 16
     assert page.get_by_role("status").inner_text() == f"{shown} of 16 concepts"
@@ -220,6 +220,44 @@ def test_a_class_that_was_not_stored_may_win(chromium: Any, tmp_path: Path) -> N
     page = Tab(chromium, (run / "report.html").as_uri()).go("images/3")
     page.locator(".sliders input").nth(0).fill("0")
     assert "not known" in page.locator(".verdict").inner_text()
+
+
+def test_what_is_left_open_is_said_under_the_sliders(chromium: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    concepts = json.loads((run / "concepts.json").read_text())
+    concepts["images"][3]["explained"].update(logit=11.8, base=0.0, gap=10.1)
+    write(run / "concepts.json", concepts)
+    (run / "report.html").write_text(build_report(run), encoding="utf-8")
+    page = Tab(chromium, (run / "report.html").as_uri()).go("images/3")
+    assert "The concepts explain 14 % of it" in page.locator("aside .coverage.against").inner_text()
+    assert "86 % of this logit is in no concept" in page.locator(".removal .coverage.against").inner_text()
+    assert "Exact" not in page.locator(".removal").inner_text()
+
+
+def test_a_label_that_is_no_class_is_no_mistake(chromium: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    concepts = json.loads((run / "concepts.json").read_text())
+    assert sum(image["label"] != image["prediction"] for image in concepts["images"]) == 3
+    concepts["images"][5].update(label="springer spaniel", known=False)
+    concepts["unmatched"] = [
+        {"label": "springer spaniel", "images": 13, "nearest": "Welsh springer spaniel"}
+        | {"prediction": "English springer", "predicted": 11}
+    ]
+    write(run / "concepts.json", concepts)
+    (run / "report.html").write_text(build_report(run), encoding="utf-8")
+    tab = Tab(chromium, (run / "report.html").as_uri())
+    page = tab.go("images")
+    page.locator("#page .bar-tools select").select_option("wrong")
+    assert page.locator("#page .tile").count() == 2
+    assert "no class of the network" in tab.go("images/5").locator("#page .lede").inner_text()
+    listed = tab.go("mistakes").locator("#page .table tbody tr").inner_text()
+    assert [*map(str.strip, listed.split("\t"))] == [
+        "springer spaniel",
+        "13",
+        "Welsh springer spaniel",
+        "English springer (11)",
+    ]
+    assert not tab.complaints
 
 
 def test_keys_search_and_turn_pages(tab: Tab) -> None:

@@ -36,6 +36,37 @@ def nmf_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return netgloss.explain("nmf", "critters", "block5", "critters:100", out=out, num_concepts=6, seeds=2)
 
 
+def test_the_explained_share_is_of_the_networks_own_logit(nmf_run: Run) -> None:
+    record = nmf_run.concepts["importance"]["explained"]
+    assert record["images"] == nmf_run.manifest["num_judged"] == 20
+    assert record["low"] < record["share"] < record["high"]
+    shares = []
+    for image in nmf_run.concepts["images"]:
+        why = image["explained"]
+        if why:
+            assert why["share"] == pytest.approx(max(0, 1 - abs(why["gap"]) / abs(why["logit"] - why["base"])))
+            shares.append(why["share"])
+    assert min(shares) <= record["share"] <= max(shares)
+
+
+def test_folders_that_are_no_class_are_listed_and_not_judged(tmp_path: Path) -> None:
+    source = netgloss.open_images("critters:24")
+    names = dict(enumerate(source.class_names))
+    for i in range(24):
+        name = "a spotted beast" if int(source.targets[i]) == 0 else names[int(source.targets[i])]
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        source.image(i).save(tmp_path / "photos" / name / f"{i:02d}.png")
+    images = str(tmp_path / "photos")
+    run = netgloss.explain("nmf", "critters", "block5", images, out=tmp_path / "run", num_concepts=3, seeds=1)
+    (listed,) = run.concepts["unmatched"]
+    assert listed["label"] == "a spotted beast"
+    assert listed["images"] == sum(int(source.targets[i]) == 0 for i in range(24))
+    assert listed["prediction"] in source.class_names
+    for image in run.concepts["images"]:
+        assert image["known"] == (image["label"] != "a spotted beast")
+    assert run.concepts["mistakes"]["labelled"] == 24 - listed["images"]
+
+
 def test_a_run_folder_holds_everything(nmf_run: Run) -> None:
     names = {p.name for p in nmf_run.path.iterdir()}
     assert {"run.json", "explainer.safetensors", "explainer-seed1.safetensors", "scores.json", "concepts.json"} <= names

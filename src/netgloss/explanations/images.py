@@ -8,6 +8,7 @@ Shape letters: B images, K concepts, H W grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from netgloss.activations.layer import LayerBatch
 from netgloss.explainers.base import Explainer
 from netgloss.explanations.heatmaps import ConceptRange, concept_heatmaps
 from netgloss.explanations.removal import STRENGTHS, is_exact, removal_record, replay
-from netgloss.metrics.faithfulness.importance import explain_class, strongest
+from netgloss.metrics.faithfulness.importance import explain_class, explained_share, strongest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +57,7 @@ class ImageExplanation:
     weighted : the method rebuilds class scores itself; figures then dim its maps by contribution.
     picture : (height, width, 3) in [0, 1], as the network saw it; None if not given.
     files : what :func:`netgloss.show` wrote.
+    share : of the logit that the concepts explain (``explained_share`` of the metrics), None if that is not defined.
     """
 
     prediction: str
@@ -74,6 +76,12 @@ class ImageExplanation:
     image: str = ""
     files: tuple[Path, ...] = ()
 
+    @property
+    def share(self) -> float | None:
+        values = (torch.tensor([v], dtype=torch.float64) for v in (self.logit, self.base, self.gap))
+        share = float(explained_share(*values))
+        return share if math.isfinite(share) else None
+
     def numbers(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         names = ("prediction", "explained_class", "probability", "logit", "rebuilt_logit", "base", "gap")
@@ -87,6 +95,7 @@ class ImageExplanation:
             "rebuilt": self.rebuilt_logit,
             "base": self.base,
             "gap": self.gap,
+            "share": self.share,
             "others": self.others,
             "drivers": [
                 {"concept": d.concept, "contribution": d.contribution, "map": ranges[d.concept].encode(d.map)}

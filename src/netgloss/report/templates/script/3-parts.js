@@ -1,6 +1,9 @@
 // -- parts of pages --------------------------------------------------------------------------------------------
 
-const served = (concept) => concept.classes.filter((k) => (k.contribution ?? 1) > 0).map((k) => k.class);
+const served = (concept) => concept.serves; // classes with enough images and contribution behind them
+// Whether an image was taken for another class: only if its label is a class of the network.
+const isWrong = ({ known, label, prediction }) => known && label !== null && prediction !== null && label !== prediction;
+const isRight = ({ known, label, prediction }) => known && label !== null && label === prediction;
 const title = (concept) => concept.label ? concept.label.text : concept.name;
 const conceptLink = (id) => h("a", { href: `#/concepts/${id}` }, text(title(concepts[id])));
 const classLink = (name) => classIndex.has(name) ? h("a", { href: `#/classes/${classIndex.get(name)}` }, text(name)) : text(name);

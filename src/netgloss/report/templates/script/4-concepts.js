@@ -55,7 +55,7 @@ function conceptPage(id) {
           return h("div", { class: "tile" }, h("a", { href: `#/images/${entry.image}` },
             picture(entry.image, entry.map, `${whatIsSeen(entry.image)}: where ${c.name} responds`, true),
             h("div", { class: "caption" }, h("b", null, number(entry.value)), " ", text(whatIsSeen(entry.image)),
-              image.label !== null && image.prediction !== null && image.label !== image.prediction ? [h("br"), "taken for ", text(image.prediction)] : null)));
+              isWrong(image) ? [h("br"), "taken for ", text(image.prediction)] : null)));
         })) : h("p", { class: "note" }, "This concept was never active.")),
       h("aside", null,
         decodedPanel(c),
@@ -64,7 +64,8 @@ function conceptPage(id) {
         c.neighbours.length ? section("Most like it", bars(c.neighbours.map((near) => ({ label: conceptLink(near.concept), value: near.similarity,
           picture: emblem(near.concept), unsigned: true })), true),
         h("p", { class: "muted" }, data.map?.of === "codes" ? "Correlation of the codes over rows." : "Cosine of the directions; 1 is the same direction.")) : null,
-        c.classes.length ? section("What it adds to classes", bars(c.classes.map((k) => ({ label: classLink(k.class), value: k.contribution })))) : null,
+        c.classes.length ? section("What it adds to classes", bars(c.classes.map((k) => ({ value: k.contribution,
+          label: served(c).includes(k.class) || k.images === null ? classLink(k.class) : [classLink(k.class), h("small", { class: "muted" }, ` ${counted(k.images, "image")}`)] })))) : null,
         c.histogram && c.histogram.counts.length && c.histogram.edges.length === c.histogram.counts.length + 1
           ? section("How strongly it responds", histogram(c.histogram), h("p", { class: "muted" }, "Its strongest response in each image; heights are logarithmic.")) : null)));
 }
