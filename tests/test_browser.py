@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -112,6 +113,53 @@ def test_from_the_overview_to_a_concept_and_back(tab: Tab) -> None:
     page.go_back()
     assert page.locator("#page .atlas").is_visible()
     assert page.locator('[data-nav="concepts"]').get_attribute("aria-current") == "page"
+
+
+def test_the_first_screen_answers_by_pictures_first(chromium: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_concepts=16)
+    finding = {"kind": "corner", "class": "tench", "region": False, "effect": 0.8, "low": 0.7, "high": 0.9}
+    finding |= {"q_value": 0.01, "sentence": "A tag in the corner makes it tench."}
+    write(run / "audit.json", {"format_version": 1, "summary": "One finding.", "findings": [finding]})
+    (run / "report.html").write_text(build_report(run), encoding="utf-8")
+    tab = Tab(chromium, (run / "report.html").as_uri(), viewport={"width": 1400, "height": 900})
+    page = tab.go("")
+    heads = page.locator('[data-view="overview"] h2:visible').all_inner_texts()
+    assert heads[:4] == ["Check these first", "What it looks at", "Why this image", "Can I trust this explanation?"]
+    cards = page.locator("#leading .card")
+    assert cards.count() == 6
+    concepts = json.loads((run / "concepts.json").read_text())
+    for card in cards.all():
+        assert re.search(r"^Strongest on .*\d of 4.*\.$", card.locator("p").inner_text())
+    assert cards.first.locator(".frame").first.bounding_box()["width"] > 150
+    right, wrong = page.locator(".why").all()
+    labels = [
+        concepts["images"][int(panel.locator(".subject").get_attribute("href").split("/")[-1])]
+        for panel in (right, wrong)
+    ]
+    assert labels[0]["label"] == labels[0]["prediction"]
+    assert labels[1]["label"] != labels[1]["prediction"]
+    for panel in (right, wrong):
+        assert panel.locator("h4").all_inner_texts() == ["Speaks for it", "Speaks against it"]
+        assert panel.locator(".side li").count() > 0
+    assert page.locator("#trust .light").count() == 1
+    assert page.locator("#trust > .answers li").count() == 4
+    assert not page.locator("#trust .headlines").is_visible()
+    page.locator("#trust summary").click()
+    assert page.locator("#trust .headlines li").count() == 4
+    assert not tab.complaints
+
+
+def test_what_cannot_be_shown_first_is_left_out(chromium: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    concepts = json.loads((run / "concepts.json").read_text())
+    for image in concepts["images"]:
+        image["explained"] = None
+    write(run / "concepts.json", concepts | {"mistakes": None})
+    (run / "report.html").write_text(build_report(run), encoding="utf-8")
+    tab = Tab(chromium, (run / "report.html").as_uri())
+    assert not tab.go("").locator("#why").is_visible()
+    assert tab.page.locator("#leading").is_visible()
+    assert not tab.complaints
 
 
 def test_search_and_filter(tab: Tab) -> None:

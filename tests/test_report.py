@@ -124,7 +124,7 @@ def test_the_answers_follow_from_the_numbers(tmp_path: Path) -> None:
     text = " ".join(Page(build_report(make_run(tmp_path / "run"))).text.split())
     assert "Worse than natural axes in kl." in text
     assert "Not distinguishable from natural axes in agreement." in text
-    assert "The concepts explain 100 % of a typical prediction." in text  # gap 0.02 of 11.3
+    assert "The concepts explain 100 % of a typical prediction, measured in 12 images." in text  # gap 0.02 of 11.3
     assert "1 concept of 6 never became active." in text
     assert "1 image left out: could not be read." in text
     assert "The fit had not converged after 200 iterations." in text

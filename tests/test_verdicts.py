@@ -226,3 +226,20 @@ def test_the_light_is_green_only_where_nothing_is_open(made: RunFiles) -> None:
     assert lost.light == "red"
     assert "4 of 6 concepts did not come back" in lost.sentence
     assert trust(RunFiles(files.folder, files.run, files.concepts, None, [])).light == "red"
+
+
+# -- a concept in one sentence -----------------------------------------------------------------------------------------
+
+
+def shows(labels: list[str], **classes: tuple[float, int]) -> str:
+    images = [{"label": label, "prediction": None} for label in labels]
+    concept = served(**classes) | {"gallery": [{"image": i} for i in range(len(labels))]}
+    return verdicts.concept_sentence(concept, {"images": images, "classes": []})
+
+
+def test_a_concept_is_one_sentence_about_its_strongest_images() -> None:
+    assert shows(["tench"] * 9, tench=(15.0, 12)) == "Strongest on tench, 9 of 9; +15.0 to its logit."
+    assert shows(["tench"] * 5 + ["coat"], coat=(2.0, 6)) == "Strongest on tench, 5 of 6; +2.00 to coat."
+    assert shows(["a", "b", "c", "a"]) == "Strongest on a (2 of 4), b (1) and c (1)."
+    assert shows(["a"] * 3, a=(15.0, 1)) == "Strongest on a, 3 of 3."
+    assert shows([]) == "Never active in these images."

@@ -91,6 +91,7 @@ def to_json(value: Any) -> str:
 def _page_data(files: RunFiles) -> dict[str, Any]:
     """What the page's script reads."""
     for concept in files.concepts["concepts"]:
+        concept["sentence"] = verdicts.concept_sentence(concept, files.concepts)
         concept["serves"] = [entry["class"] for entry in verdicts.named_classes(concept, files.concepts["classes"])]
     return {
         "heat": _heat_colours(),

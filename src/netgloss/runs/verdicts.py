@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -162,6 +163,24 @@ def named_classes(concept: Mapping[str, Any], classes: list[dict[str, Any]]) -> 
     strongest = max((entry["contribution"] for entry in known), default=0.0)
     kept = [entry for entry in known if entry["contribution"] >= NAMED_SHARE * strongest]
     return sorted(kept, key=lambda entry: -entry["contribution"])
+
+
+def concept_sentence(concept: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """What a concept shows: the classes of its strongest images, and what it adds to the class it stands for."""
+    shown = [content["images"][entry["image"]] for entry in concept["gallery"]]
+    names = Counter(brief(image["label"] or image["prediction"] or "unknown") for image in shown)
+    if not names:
+        return "Never active in these images."
+    (first, times), *others = names.most_common(3)
+    text = f"Strongest on {first}, {times} of {len(shown)}"
+    if times <= len(shown) / 2:
+        parts = [f"{first} ({times} of {len(shown)})", *(f"{name} ({n})" for name, n in others)]
+        text = f"Strongest on {listed(parts)}"
+    named = named_classes(concept, content["classes"])
+    if named:
+        lead, value = brief(named[0]["class"]), number(named[0]["contribution"], signed=True)
+        text += f"; {value} to its logit" if lead == first else f"; {value} to {lead}"
+    return f"{text}."
 
 
 def typical_share(files: RunFiles) -> dict[str, Any] | None:

@@ -11,14 +11,19 @@ const whatIsSeen = (image) => short(images[image].label ?? images[image].predict
 
 const emblem = (id) => concepts[id].gallery.length ? picture(concepts[id].gallery[0].image, concepts[id].gallery[0].map, "") : null;
 
+// The pictures of a concept's strongest images; as many columns as there are, at most two.
+function mosaic(concept, most) {
+  const lead = concept.gallery.filter((entry) => images[entry.image].size).slice(0, most);
+  const shown = lead.length === 3 ? lead.slice(0, 2) : lead;
+  return shown.length ? h("div", { class: `mosaic of-${shown.length}` }, shown.map((entry) => picture(entry.image, entry.map, ""))) : null;
+}
+
 function card(concept) {
-  const lead = concept.gallery.slice(0, 4);
-  const serves = served(concept).slice(0, 3);
   return h("a", { class: "card", href: `#/concepts/${concept.id}` },
-    h("div", { class: "mosaic" }, lead.map((entry) => picture(entry.image, entry.map, ""))),
+    mosaic(concept, 4),
     h("div", { class: "body" },
       h("h3", { class: "clamp" }, text(title(concept)), concept.label ? h("small", null, " ", text(concept.name)) : null),
-      h("p", { class: "clamp" }, serves.length ? ["for ", serves.flatMap((name, i) => i ? [", ", text(name)] : [text(name)])] : "serves no class here"),
+      h("p", null, text(concept.sentence)),
       h("p", null, `active ${where} ${percent(concept.share_active)}`, concept.stability === null ? "" : ` · stability ${number(concept.stability)}`),
       meter(concept.importance)));
 }
@@ -42,6 +47,19 @@ function bars(entries, pictured) {
         ? h("u", { css: { left: place(e.low), width: width(e.low, e.high) } }) : null,
       h("s", { css: { left: place(0) } })),
     h("span", { class: "value" }, number(e.value, !e.unsigned)))));
+}
+
+// What speaks for and what against, in two columns on one scale; ``most`` in each.
+function forAndAgainst(entries, most = 12) {
+  const sorted = [...entries].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+  const sides = [["Speaks for it", sorted.filter((e) => e.value > 0)], ["Speaks against it", sorted.filter((e) => e.value < 0)]];
+  const top = Math.max(1e-12, ...sides.flatMap(([, side]) => side.map((e) => Math.abs(e.value))));
+  return h("div", { class: "two-sides" }, sides.map(([name, side]) => h("div", null, h("h4", null, name),
+    side.length ? h("ul", { class: "side" }, side.slice(0, most).map((e) => h("li", { class: e.picture ? "pictured" : "" }, e.picture, h("span", { class: "what" }, e.label,
+      h("span", { class: "track", "aria-hidden": "true" }, h("i", { class: e.value < 0 ? "minus" : "", css: { width: `${100 * Math.abs(e.value) / top}%` } }))),
+    h("span", { class: "value" }, number(e.value, true),
+      e.low !== null && e.low !== undefined && e.high !== null && e.high !== undefined ? h("small", null, `${number(e.low)} to ${number(e.high)}`) : null))))
+      : h("p", { class: "muted" }, "No concept."))));
 }
 
 function histogram({ edges, counts }) {

@@ -16,10 +16,10 @@ function classPage(index) {
     h("p", { class: "lede" }, counted(k.num_images, "image"), k.accuracy === null ? "" : `, ${percent(k.accuracy)} recognised`,
       k.agreement === null ? "" : `, ${percent(k.agreement)} keep their prediction when only the concepts are left`, "."),
     h("section", { class: "panel" }, h("h2", null, "What speaks for it, and against"),
-      bars(k.concepts.map((e) => ({ label: conceptLink(e.concept), value: e.contribution, low: e.low, high: e.high,
-        picture: emblem(e.concept) })), true),
+      forAndAgainst(k.concepts.map((e) => ({ label: conceptLink(e.concept), value: e.contribution, low: e.low, high: e.high,
+        picture: emblem(e.concept) }))),
       h("p", { class: "sum" }, "Mean logit ", h("b", null, number(k.mean_logit)), " = base ", h("b", null, number(k.base)),
-        " + all concepts + gap ", h("b", null, number(k.gap)), "; the lines across the bars are intervals.")),
+        " + all concepts + gap ", h("b", null, number(k.gap)), "; below each number is its 95 % interval.")),
     k.deletion ? deletionPanel(k.deletion) : null,
     seen.length ? [h("h2", { css: { "margin-top": "2rem" } }, "Images explained as this class"), imageGrid(seen)] : null);
 }

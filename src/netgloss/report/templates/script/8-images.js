@@ -52,11 +52,10 @@ function imagePage(index) {
             picture(index, d.map, `${whatIsSeen(index)}: where ${concepts[d.concept].name} responds`, true),
             h("div", { class: "caption" }, h("b", { class: d.contribution < 0 ? "against" : "for" }, number(d.contribution, true)), " ", text(title(concepts[d.concept])))))))),
       h("aside", null,
-        why ? section("What adds up to the logit", bars([
+        why ? section("What adds up to the logit", forAndAgainst([
           ...drivers.map((d) => ({ label: conceptLink(d.concept), value: d.contribution, picture: mapped ? null : emblem(d.concept) })),
-          rest !== null && Math.abs(rest) > 1e-3 * (1 + Math.abs(why.logit)) ? { label: "other concepts", value: rest } : null,
-          why.base === null ? null : { label: "base", value: why.base, plain: true },
-          why.gap === null ? null : { label: "gap", value: why.gap, plain: true }].filter(Boolean), !mapped),
+          rest !== null && Math.abs(rest) > 1e-3 * (1 + Math.abs(why.logit)) ? { label: "other concepts", value: rest } : null].filter(Boolean)),
+        facts([["base, without any concept", number(why.base, true)], ["gap, in no concept", number(why.gap, true)]]),
         h("p", { class: "sum" }, "Together: the logit ", h("b", null, number(why.logit)), data.exact ? "." : ", approximately: contributions are gradient × concept."),
         coverage(why)) : null,
         inGalleries.length ? section("Among the strongest images of", h("ul", { class: "answers" }, inGalleries.map(([c, entry]) =>

@@ -30,8 +30,6 @@ function route() {
   if (!first) (document.querySelector(`.view[data-view="${view}"] h1`) ?? byId("main")).focus({ preventScroll: true });
 }
 document.querySelectorAll(".view h1").forEach((title) => title.setAttribute("tabindex", "-1"));
-document.querySelector("#leading .atlas").append(...ranked("importance").slice(0, 6).map(card));
-if (!concepts.length) byId("leading").hidden = true;
 window.addEventListener("hashchange", route);
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
