@@ -116,7 +116,7 @@ def test_from_the_overview_to_a_concept_and_back(tab: Tab) -> None:
 
 
 def test_the_first_screen_answers_by_pictures_first(chromium: Any, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", num_concepts=16)
+    run = make_run(tmp_path / "run", num_concepts=16, size=224)
     finding = {"kind": "corner", "class": "tench", "region": False, "effect": 0.8, "low": 0.7, "high": 0.9}
     finding |= {"q_value": 0.01, "sentence": "A tag in the corner makes it tench."}
     write(run / "audit.json", {"format_version": 1, "summary": "One finding.", "findings": [finding]})
@@ -159,6 +159,55 @@ def test_what_cannot_be_shown_first_is_left_out(chromium: Any, tmp_path: Path) -
     tab = Tab(chromium, (run / "report.html").as_uri())
     assert not tab.go("").locator("#why").is_visible()
     assert tab.page.locator("#leading").is_visible()
+    assert not tab.complaints
+
+
+def test_the_outline_is_the_default_and_heat_a_switch(tab: Tab) -> None:
+    page = tab.go("concepts/1")
+    page.wait_for_function("document.querySelectorAll('.gallery canvas').length > 0")
+    frame = page.locator("#page .gallery .frame").first
+    shown = {name: frame.locator(name) for name in (".dim", ".heat", "svg")}
+    assert [name for name, part in shown.items() if part.is_visible()] == [".dim", "svg"]
+    # the surroundings are dark, the inside of the outline is bare
+    alpha = "c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+    alpha += " return [...d].filter((_, i) => i % 4 === 3); }"
+    values = shown[".dim"].evaluate(alpha)
+    assert min(values) == 0
+    assert max(values) == 153
+    page.locator("#page").get_by_role("button", name="Heat").click()
+    assert [name for name, part in shown.items() if part.is_visible()] == [".heat", "svg"]
+    page.locator("#page").get_by_role("button", name="Photo").click()
+    assert not any(part.is_visible() for part in shown.values())
+
+
+def test_pictures_are_never_larger_than_stored(chromium: Any, run: Path) -> None:
+    tab = Tab(chromium, (run / "report.html").as_uri(), viewport={"width": 1400, "height": 900})
+    for route in ("", "concepts", "concepts/1", "images", "images/3", "classes/0", "mistakes", "map"):
+        page = tab.go(route)
+        page.evaluate("document.querySelectorAll('.frame').forEach(f => f.scrollIntoView())")
+        page.wait_for_function("document.querySelectorAll('.frame img').length > 0")
+        sizes = page.evaluate("[...document.querySelectorAll('.frame img')].map(i => [i.clientWidth, i.naturalWidth])")
+        assert all(drawn <= stored for drawn, stored in sizes), route
+
+
+def test_tiles_without_anything_to_see_are_dropped(chromium: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    concepts = json.loads((run / "concepts.json").read_text())
+    weak, *_ = concepts["images"][3]["explained"]["drivers"]
+    weak["map"]["data"] = base64.b64encode(bytes(49)).decode()
+    entry = concepts["concepts"][0]["gallery"][1]
+    entry["map"]["data"] = base64.b64encode(bytes(49)).decode()
+    (run / f"images/{concepts['concepts'][0]['gallery'][0]['image']:06d}.jpg").unlink()
+    write(run / "concepts.json", concepts)
+    (run / "report.html").write_text(build_report(run), encoding="utf-8")
+    tab = Tab(chromium, (run / "report.html").as_uri())
+    page = tab.go("images/3")
+    assert page.locator("#page .detail .gallery .tile").count() == 4  # the image and three of four drivers
+    assert "Weak everywhere in this image" in page.locator("#page .detail").inner_text()
+    page = tab.go("concepts/0")
+    assert page.locator("#page .gallery .tile").count() == 3
+    assert page.locator("#page .frame.empty").count() == 0
+    assert page.locator("#page .gallery .tile").first.inner_text().endswith("(weak here)")
     assert not tab.complaints
 
 

@@ -49,6 +49,23 @@ def test_the_explained_share_is_of_the_networks_own_logit(nmf_run: Run) -> None:
     assert min(shares) <= record["share"] <= max(shares)
 
 
+def test_pictures_are_stored_large_enough_to_look_at(nmf_run: Run) -> None:
+    from PIL import Image
+
+    for entry in nmf_run.concepts["images"]:
+        with Image.open(nmf_run.path / entry["thumbnail"]) as picture:
+            assert picture.format == "WEBP"
+            assert max(picture.size) >= 224
+
+
+def test_a_figure_of_show_is_on_the_scale_of_the_report(nmf_run: Run) -> None:
+    (shown,) = netgloss.show(nmf_run, "critters:1,seed=4")
+    for driver in shown.drivers:
+        drawn = nmf_run.concepts["concepts"][driver.concept]["gallery"][0]["map"]
+        assert driver.scale is not None
+        assert (driver.scale.low, driver.scale.high) == (drawn["low"], drawn["high"])
+
+
 def test_folders_that_are_no_class_are_listed_and_not_judged(tmp_path: Path) -> None:
     source = netgloss.open_images("critters:24")
     names = dict(enumerate(source.class_names))

@@ -140,7 +140,7 @@ def explain_layer(
 
 
 def _thumbnail(image: int) -> str:
-    return f"{image:07d}.jpg"
+    return f"{image:07d}.webp"
 
 
 def _codes(explainer: Explainer, layer: Layer, images: np.ndarray) -> dict[int, np.ndarray]:

@@ -32,12 +32,16 @@ Heat = Callable[[list[int]], Tensor]
 
 @dataclass(frozen=True)
 class Driver:
-    """A concept behind a prediction, with its contribution to the logit and its map (H, W), a scalar () without one."""
+    """A concept behind a prediction, with its contribution to the logit and its map (H, W), a scalar () without one.
+
+    ``scale`` is the one of the concept's maps over all images, where it is known.
+    """
 
     concept: int
     name: str
     contribution: float
     map: np.ndarray
+    scale: ConceptRange | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class ImageExplanation:
         from netgloss.figures import ExplainedImage, image_explanation
 
         assert self.picture is not None
+        known = [d.scale for d in self.drivers if d.scale is not None]
+        scales = [(r.low, r.high, r.contour) for r in known] if len(known) == len(self.drivers) else None
         same = self.explained_class == self.prediction
         return image_explanation(
             ExplainedImage(
@@ -123,6 +129,7 @@ class ImageExplanation:
                 self.base,
                 self.gap,
                 self.weighted,
+                scales,
             )
         )
 
@@ -138,6 +145,7 @@ def explain_images(
     also: Sequence[int | None] = (),
     affine: bool | None = None,
     pictures: Sequence[np.ndarray] = (),
+    ranges: Sequence[ConceptRange] | None = None,
 ) -> list[ImageExplanation]:
     """Explains the images of a batch.
 
@@ -149,6 +157,7 @@ def explain_images(
     affine : whether the tail is affine; None leaves out ``removal``, which is also left out for several labels, as it
         is about the class that wins.
     pictures : B pictures (height, width, 3) in [0, 1].
+    ranges : K scales of the concepts, for figures; default each map's own.
     """
     affine = None if batch.outputs == "multilabel" else affine
     with torch.no_grad():
@@ -186,7 +195,8 @@ def explain_images(
                 gap=logit - base - float(values_K.sum()),
                 contributions={names[k]: float(values_K[k]) for k in values_K.abs().argsort(descending=True).tolist()},
                 drivers=tuple(
-                    Driver(k, names[k], float(values_K[k]), np.asarray(m)) for k, m in zip(order, drawn, strict=True)
+                    Driver(k, names[k], float(values_K[k]), np.asarray(m), ranges[k] if ranges else None)
+                    for k, m in zip(order, drawn, strict=True)
                 ),
                 others=float(values_K.sum() - values_K[order].sum()),
                 removal=removal,

@@ -23,7 +23,7 @@ from netgloss.figures.decoded import (
     decoded_triples,
     difference_map,
 )
-from netgloss.figures.overlay import ExplainedImage, image_explanation, overlay_map
+from netgloss.figures.overlay import ExplainedImage, image_explanation, outline_map, overlay_map
 from netgloss.figures.svg import to_svg
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "heatmap_tile",
     "history_curves",
     "image_explanation",
+    "outline_map",
     "overlay_map",
     "score_chart",
     "to_svg",

@@ -84,8 +84,9 @@ def _picture(files: RunFiles, index: int) -> str:
     if file is None or file.stat().st_size > _LARGEST_PICTURE:
         return ""
     data = file.read_bytes()
-    if not data.startswith(b"\xff\xd8"):
+    kind = "jpeg" if data.startswith(b"\xff\xd8") else "webp" if data[:4] + data[8:12] == b"RIFFWEBP" else ""
+    if not kind:
         return ""
     shown = _text(image["label"] or image["prediction"] or image["id"])
-    source = f"data:image/jpeg;base64,{base64.b64encode(data).decode('ascii')}"
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
     return f'<img src="{source}" alt="{shown}" width="56" height="56" style="display:inline;margin:1px">'

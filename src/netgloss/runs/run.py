@@ -288,9 +288,14 @@ class Run:
         write_atomically(self.path / "concepts.json", to_json(concepts))
 
     def write_image(self, name: str, image: Image, *, quality: int = 82) -> None:
-        """A JPEG below ``images/``."""
+        """A picture below ``images/``: WebP if its name ends in .webp and Pillow can write that, else JPEG."""
+        from PIL import features
+
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality, optimize=True)
+        if name.endswith(".webp") and features.check("webp"):
+            image.save(buffer, "WEBP", quality=quality)
+        else:
+            image.save(buffer, "JPEG", quality=quality, optimize=True)
         write_atomically(self.path / "images" / name, buffer.getvalue())
 
     def write_figures(self, drawn: Sequence[tuple[str, Any, str]]) -> None:

@@ -363,7 +363,7 @@ def _write_explanations(
     stability: list[float] | None,
     *,
     affine: bool,
-    side: int = 144,
+    side: int = 224,
 ) -> None:
     """concepts.json and its thumbnails."""
     from torchvision.transforms.v2.functional import to_pil_image

@@ -9,7 +9,12 @@ const conceptLink = (id) => h("a", { href: `#/concepts/${id}` }, text(title(conc
 const classLink = (name) => classIndex.has(name) ? h("a", { href: `#/classes/${classIndex.get(name)}` }, text(name)) : text(name);
 const whatIsSeen = (image) => short(images[image].label ?? images[image].prediction ?? images[image].id);
 
-const emblem = (id) => concepts[id].gallery.length ? picture(concepts[id].gallery[0].image, concepts[id].gallery[0].map, "") : null;
+function emblem(id) {
+  const entry = concepts[id].gallery.find((one) => images[one.image].size);
+  return entry ? picture(entry.image, entry.map, "") : null;
+}
+
+const weakness = (map) => map && isWeak(map) ? h("span", { class: "muted" }, " (weak here)") : null;
 
 // The pictures of a concept's strongest images; as many columns as there are, at most two.
 function mosaic(concept, most) {
@@ -83,7 +88,7 @@ const ways = (here, ...links) => h("nav", { class: "segments", "aria-label": "Sh
   links.map(([to, name]) => h("a", { href: to, "aria-current": to === here && "page" }, name)));
 
 function mapChoice() {
-  const choices = [["heat", "Heat"], ["outline", "Outline"], ["photo", "Photo"]];
+  const choices = [["outline", "Outline"], ["heat", "Heat"], ["photo", "Photo"]];
   const group = h("div", { class: "segments", role: "group", "aria-label": "Show on pictures" },
     choices.map(([mode, label]) => h("button", { type: "button", "data-mode": mode, "aria-pressed": document.body.dataset.maps === mode,
       on: { click: () => setMaps(mode) } }, label)));

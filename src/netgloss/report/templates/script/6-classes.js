@@ -29,7 +29,7 @@ function deletionPanel({ concepts: own, lost, random, images: count }) {
   const cell = (value, strong) => h("td", null, strong && value !== null ? h("b", null, percent(value)) : percent(value));
   return h("section", { class: "panel" }, h("div", { class: "bar-tools" }, h("h2", null, "Where its concepts look"), mapChoice()),
     own.map((id) => concepts[id].gallery.length ? [h("h3", null, conceptLink(id)), h("div", { class: "gallery" },
-      concepts[id].gallery.slice(0, 5).map((entry) => h("div", { class: "tile" }, h("a", { href: `#/images/${entry.image}` },
+      concepts[id].gallery.filter((entry) => images[entry.image].size).slice(0, 5).map((entry) => h("div", { class: "tile" }, h("a", { href: `#/images/${entry.image}` },
         picture(entry.image, entry.map, `${whatIsSeen(entry.image)}: where ${concepts[id].name} responds`, true)))))] : null),
     h("h3", null, "Hidden and lost"),
     h("p", { class: "muted" }, `The strongest fifth of a concept's heat is blurred (${counted(count, "image")}); a row tells the share that each concept loses. `

@@ -37,6 +37,7 @@ function imagePage(index) {
   const why = image.explained;
   const inGalleries = concepts.flatMap((c) => c.gallery.filter((entry) => entry.image === index).map((entry) => [c, entry]));
   const drivers = why ? [...why.drivers].sort((a, b) => Math.abs(b.contribution) - Math.abs(a.contribution)) : [];
+  const weak = drivers.filter((d) => d.map && isWeak(d.map)), outlined = drivers.filter((d) => d.map && !weak.includes(d));
   const mapped = drivers.some((d) => d.map);
   const shown = drivers.reduce((sum, d) => sum + (d.contribution ?? 0), 0);
   const rest = why && why.logit !== null ? why.logit - (why.base ?? 0) - (why.gap ?? 0) - shown : null;
@@ -48,9 +49,10 @@ function imagePage(index) {
       h("section", null, h("div", { class: "bar-tools" }, h("h2", null, mapped ? "The concepts that drove it" : "The image"), mapped ? mapChoice() : null),
         h("div", { class: "gallery" },
           h("div", { class: "tile" }, picture(index, null, whatIsSeen(index), true), h("div", { class: "caption" }, "the image")),
-          drivers.filter((d) => d.map).map((d) => h("div", { class: "tile" }, h("a", { href: `#/concepts/${d.concept}` },
+          outlined.map((d) => h("div", { class: "tile" }, h("a", { href: `#/concepts/${d.concept}` },
             picture(index, d.map, `${whatIsSeen(index)}: where ${concepts[d.concept].name} responds`, true),
-            h("div", { class: "caption" }, h("b", { class: d.contribution < 0 ? "against" : "for" }, number(d.contribution, true)), " ", text(title(concepts[d.concept])))))))),
+            h("div", { class: "caption" }, h("b", { class: d.contribution < 0 ? "against" : "for" }, number(d.contribution, true)), " ", text(title(concepts[d.concept]))))))),
+        weak.length ? h("p", { class: "muted" }, "Weak everywhere in this image: ", weak.map((d, i) => [i ? ", " : "", conceptLink(d.concept), ` (${number(d.contribution, true)})`]), ".") : null),
       h("aside", null,
         why ? section("What adds up to the logit", forAndAgainst([
           ...drivers.map((d) => ({ label: conceptLink(d.concept), value: d.contribution, picture: mapped ? null : emblem(d.concept) })),

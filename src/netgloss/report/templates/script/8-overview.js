@@ -18,7 +18,7 @@ function whyPanel(index, heading) {
     h("a", { href: `#/images/${index}`, class: "subject" }, picture(index, leading?.map, whatIsSeen(index), true)),
     h("div", { class: "about" }, h("h3", null, heading, " ", h("a", { href: `#/images/${index}` }, text(image.prediction ?? why.class)), ` ${percent(image.probability)}`),
       image.label === null ? null : h("p", { class: "muted" }, isWrong(image) ? "It is labelled " : image.known ? "Labelled " : "In the folder ", text(image.label), "."), coverage(why)),
-    forAndAgainst(why.drivers.map((d) => ({ label: conceptLink(d.concept), value: d.contribution, picture: d.map ? picture(index, d.map, "") : emblem(d.concept) })), 3));
+    forAndAgainst(why.drivers.map((d) => ({ label: conceptLink(d.concept), value: d.contribution, picture: d.map && !isWeak(d.map) ? picture(index, d.map, "") : emblem(d.concept) })), 3));
 }
 
 function overview() {
