@@ -101,6 +101,115 @@ def test_every_page_opens_and_fits(chromium: Any, run: Path) -> None:
         tab.context.close()
 
 
+WIDTHS = (1400, 1024, 800, 390)
+COLLISIONS = """() => {
+  const clipped = (rect, element) => {
+    let { left, top, right, bottom } = rect;
+    for (let e = element; e && e !== document.body; e = e.parentElement) {
+      if (getComputedStyle(e).overflow === "visible") continue;
+      const box = e.getBoundingClientRect();
+      [left, top] = [Math.max(left, box.left), Math.max(top, box.top)];
+      [right, bottom] = [Math.min(right, box.right), Math.min(bottom, box.bottom)];
+    }
+    return { left, top, right, bottom };
+  };
+  const problems = [], texts = [], full = document.documentElement.scrollWidth;
+  if (full > innerWidth) problems.push(`the page is ${full} wide`);
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const holder = node.parentElement;
+    const words = node.data.trim();
+    if (!words || holder.closest("svg, script, style, option, .skip") || !holder.checkVisibility()) continue;
+    if (holder.closest(".top")) continue; // it lies over the page as that scrolls
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    for (const rect of range.getClientRects()) {
+      const seen = clipped(rect, holder);
+      if (seen.right - seen.left < 2 || seen.bottom - seen.top < 2) continue;
+      // a line-clamp or a scroller may cut text, nothing else may
+      const cut = seen.right < rect.right - 2 || seen.left > rect.left + 2;
+      if (cut && !holder.closest(".wide, .scroll, .clamp, pre, [style*=overflow]")) problems.push(`cut: ${words}`);
+      if (seen.right > innerWidth + 1) problems.push(`outside: ${words}`);
+      texts.push({ ...seen, node, words });
+    }
+  }
+  texts.sort((a, b) => a.top - b.top);
+  texts.forEach((a, i) => texts.slice(i + 1).every((b) => {
+    const across = Math.min(a.right, b.right) - Math.max(a.left, b.left), down = Math.min(a.bottom, b.bottom) - b.top;
+    // lines of text are a little higher than their letters
+    if (a.node !== b.node && across > 2 && down > 0.45 * Math.min(a.bottom - a.top, b.bottom - b.top))
+      problems.push(`collide: ${a.words} | ${b.words}`);
+    return b.top < a.bottom;
+  }));
+  const nav = document.querySelector(".top nav");
+  if (nav.scrollWidth > nav.clientWidth + 1) problems.push("the navigation is cut");
+  for (const e of document.querySelectorAll(".panel, .card, .tile"))
+    if (e.checkVisibility() && e.scrollWidth > e.clientWidth + 2) problems.push(`too wide: ${e.className}`);
+  return problems.slice(0, 8).map((problem) => problem.slice(0, 90));
+}"""
+
+
+def like_srae(folder: Path) -> Path:
+    """A run as that of srae: long names, a share below zero, a cross-deletion, a dead concept, many classes."""
+    run = make_run(folder / "srae", num_concepts=12, size=224, affine=False)
+    concepts = json.loads((run / "concepts.json").read_text())
+    for k, concept in enumerate(concepts["concepts"]):
+        concept |= {"name": f"German short-haired pointer x-feature {k}", "label": None, "neighbours": []}
+        concept["importance"] = -1.276 if k == 1 else concept["importance"]
+    concepts["concepts"][11]["gallery"] = []
+    for image in concepts["images"]:
+        image |= {
+            "prediction": "English springer, English springer spaniel",
+            "id": "a/folder/" + "long_name" * 6 + ".jpg",
+        }
+        image["explained"].update(logit=11.8, base=-0.0000213, gap=10.1)
+    for page in concepts["classes"]:
+        ids = [entry["concept"] for entry in page["concepts"]][:5]
+        lost = [[0.31, -1.276, 0.004, 0.1, 0.25]] * 5
+        page["deletion"] = {"images": 9, "concepts": ids, "lost": lost, "random": lost[0]}
+    unmatched = {"label": "springer spaniel", "images": 13, "nearest": "Welsh springer spaniel"}
+    unmatched |= {"prediction": "English springer", "predicted": 6}
+    write(run / "concepts.json", concepts | {"unmatched": [unmatched]})
+    scores = json.loads((run / "scores.json").read_text())
+    scores.append(
+        scores[0] | {"metric": "part_location_deviation_of_heat", "value": -1234.5, "low": -2e-7, "high": 4e9}
+    )
+    write(run / "scores.json", scores)
+    return run
+
+
+@pytest.mark.parametrize("kind", ["nmf", "srae"])
+def test_nothing_collides_or_is_cut(chromium: Any, tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path / "nmf", num_concepts=16, size=224) if kind == "nmf" else like_srae(tmp_path)
+    (run / "report.html").write_text(build_report(run), encoding="utf-8")
+    tab = Tab(chromium, (run / "report.html").as_uri())
+    for route in [*ROUTES, "scores/3", "concepts/11"]:
+        page = tab.go(route)
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        for width in WIDTHS:
+            page.set_viewport_size({"width": width, "height": 900})
+            problems = page.evaluate(COLLISIONS)
+            assert not problems, (route, width, problems)
+    assert not tab.complaints
+
+
+@pytest.mark.parametrize(
+    ("style", "found"),
+    [
+        (".facts dd { position: relative; right: 13rem; }", "collide"),
+        (".panel { width: 2000px; }", "wide"),
+        (".facts dt { width: 3rem; overflow: hidden; white-space: nowrap; }", "cut"),
+    ],
+)
+def test_collisions_are_seen(tab: Tab, style: str, found: str) -> None:
+    page = tab.go("images/3")
+    assert not page.evaluate(COLLISIONS)
+    page.evaluate(
+        "css => { const s = new CSSStyleSheet(); s.replaceSync(css); document.adoptedStyleSheets = [s]; }", style
+    )
+    assert any(found in problem for problem in page.evaluate(COLLISIONS))
+
+
 def test_from_the_overview_to_a_concept_and_back(tab: Tab) -> None:
     page = tab.go("")
     page.get_by_role("link", name="All 16 concepts").click()

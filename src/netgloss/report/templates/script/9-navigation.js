@@ -20,10 +20,8 @@ function route() {
   document.body.dataset.view = view;
   const marked = make ? parent[kind] ?? kind : view;
   document.querySelectorAll("[data-nav]").forEach((link) => {
-    if (link.dataset.nav === marked) {
-      link.setAttribute("aria-current", "page");
-      link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40;
-    } else link.removeAttribute("aria-current");
+    if (link.dataset.nav === marked) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
   });
   setMaps(document.body.dataset.maps);
   window.scrollTo(0, make && index !== undefined ? 0 : scrolled[here] ?? 0);
