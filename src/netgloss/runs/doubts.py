@@ -15,9 +15,11 @@ from netgloss.runs.verdicts import (
     NOT_EXPLAINED,
     Answer,
     Standing,
+    concept_sentence,
     count,
     level,
     listed,
+    model_name,
     num_judged,
     percent,
     pretty,
@@ -179,3 +181,22 @@ def trust(files: RunFiles) -> Trust:
     if amber:
         return Trust("amber", f"With care: {listed(amber[:2])}.")
     return Trust("green", f"Yes, for what it covers: {listed(good)}.")
+
+
+def answer_lines(files: RunFiles, *, concepts: int = 3) -> list[str]:
+    """The answer of a run in at most ten lines of text: what it looks at, whether to trust it, and why not."""
+    run, content = files.run, files.concepts
+    judged = num_judged(files)
+    scored = "" if judged is None or files.scores is None else f", scored on {count(judged, 'image')}"
+    name = f"{model_name(run['model'])} at {run['layer']}"
+    lines = [f"{name}: {count(len(content['concepts']), 'concept')} by {run['method']}{scored}"]
+    leading = sorted(content["concepts"], key=lambda c: -abs(c["importance"] or 0))[:concepts]
+    for concept in leading:
+        title = concept["label"]["text"] if concept["label"] else concept["name"]
+        lines.append(f"  {brief(title)}: {concept_sentence(concept, content)}")
+    answer, found = trust(files), what_to_distrust(files, [])
+    lines.append(f"Can I trust it? {answer.sentence}")
+    lines += [f"  - {brief(remark.text, 200)}" for remark in found[:SHOWN]]
+    if found[SHOWN:]:
+        lines.append(f"  - {count(len(found) - SHOWN, 'more remark')} in the report")
+    return lines
