@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -64,6 +66,50 @@ def test_a_figure_of_show_is_on_the_scale_of_the_report(nmf_run: Run) -> None:
         drawn = nmf_run.concepts["concepts"][driver.concept]["gallery"][0]["map"]
         assert driver.scale is not None
         assert (driver.scale.low, driver.scale.high) == (drawn["low"], drawn["high"])
+
+
+def test_concepts_in_python_and_in_a_spreadsheet(nmf_run: Run) -> None:
+    concepts = nmf_run.concepts
+    assert concepts["concepts"][3]["id"] == 3  # still a dict
+    concept = concepts[3]
+    assert concept.sentence.startswith("Strongest on ")
+    figure = concept.figure()
+    assert len(figure.axes) == len(concept.record["gallery"])
+    figure.savefig(io.BytesIO(), dpi=30)
+    with pytest.raises(UserError, match="there is no concept 6; the run has 6"):
+        concepts[6]
+    rows = nmf_run.table()
+    rows = rows if isinstance(rows, list) else rows.to_dict("records")
+    assert [row["concept"] for row in rows] == list(range(6))
+    assert rows[3]["sentence"] == concept.sentence
+    with (nmf_run.path / "concepts.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [row["sentence"] for row in listed] == [row["sentence"] for row in rows]
+
+
+def test_an_image_of_the_run_is_drawn_from_what_is_stored(nmf_run: Run) -> None:
+    entry = next(image for image in nmf_run.concepts["images"] if image["explained"])
+    image = nmf_run.image(entry["id"])
+    drivers = entry["explained"]["drivers"]
+    assert list(image.contributions.values()) == [d["contribution"] for d in drivers]
+    figure = image.figure()
+    widths = [bar.get_width() for bar in figure.axes[-1].patches]
+    assert widths[: len(drivers)] == pytest.approx([d["contribution"] for d in drivers])
+    assert sum(widths) == pytest.approx(entry["explained"]["logit"], abs=1e-4)
+    assert nmf_run.image(f"somewhere/{entry['id']}").record == image.record
+    with pytest.raises(UserError, match=r"explained no 'new\.jpg'; netgloss\.show explains any image"):
+        nmf_run.image("new.jpg")
+
+
+def test_no_name_is_a_formula_in_the_csv() -> None:
+    from netgloss.runs.views import concepts_csv
+
+    image = {"id": "=cmd()", "label": "+1", "prediction": None}
+    concept = {"id": 0, "name": "@sum", "label": None, "importance": 0.1, "share_active": 0.2, "stability": None}
+    concept |= {"gallery": [{"image": 0}], "classes": []}
+    (row,) = csv.DictReader(io.StringIO(concepts_csv({"concepts": [concept], "images": [image], "classes": []})))
+    assert row["name"] == "'@sum"
+    assert row["strongest_images"] == "'=cmd()"
 
 
 def test_folders_that_are_no_class_are_listed_and_not_judged(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def print_answer(run: Any, *, scores: bool = False) -> None:
         print_scores(run)
     out = console()
     for line in answer_lines(read_run(run.path)):
-        out.print(one_line(line) if not line.startswith(" ") else f"  {one_line(line)}")
+        out.print(one_line(line))
     report = run.path / "report.html"
     where = f"report: {report}" if report.exists() else f"no report yet: netgloss report {run.path}"
     out.print(where if scores else f"{where} (--scores prints all scores)")

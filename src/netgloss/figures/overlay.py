@@ -6,6 +6,7 @@ Shape letters: H, W pixels of an image; h, w cells of a concept map.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from netgloss.errors import UserError
-from netgloss.figures.style import AGAINST, HEAT, INK, VALUE, bare, brief, new_figure, number
+from netgloss.figures.style import AGAINST, HEAT, INK, VALUE, bare, brief, new_figure, number, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,6 +168,39 @@ def image_explanation(shown: ExplainedImage) -> Figure:
     if shown.rebuilt is not None:
         label += f"\nthe concepts alone rebuild a logit of {number(shown.rebuilt)}"
     axes.set_xlabel(label, fontsize=8, color=INK)
+    return figure
+
+
+def concept_gallery(
+    pictures: Sequence[Array],
+    maps: Sequence[Array | None],
+    scales: Sequence[tuple[float, float, float]],
+    captions: Sequence[str],
+    *,
+    title: str,
+) -> Figure:
+    """A concept's strongest images with its outline, at one level in all of them.
+
+    Parameters
+    ----------
+    pictures : n times (H, W, 3). maps : n times (h, w) or None. scales : n times (low, high, contour). captions : n.
+    """
+    columns = min(3, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = new_figure(2.1 * columns, 2.3 * rows + 0.5)
+    figure.suptitle(
+        "\n".join(textwrap.wrap(printable(title), 24 * columns)[:3]), color=INK, fontsize=9, parse_math=False
+    )
+    layout = figure.add_gridspec(rows, columns)
+    for i, (picture, concept_map, (low, high, contour)) in enumerate(zip(pictures, maps, scales, strict=True)):
+        axes = figure.add_subplot(layout[i // columns, i % columns])
+        axes.set_title(brief(captions[i], 24), fontsize=8, color=INK, parse_math=False)
+        if concept_map is None:
+            _show(axes, picture, None)
+            continue
+        axes.set_axis_off()
+        axes.imshow(outline_map(picture, concept_map, low=low, high=high, contour=contour))
+        _contour(axes, picture, concept_map, contour)
     return figure
 
 
