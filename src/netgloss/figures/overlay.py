@@ -241,13 +241,14 @@ def _draw_map(axes: Axes, shown: ExplainedImage, k: int) -> None:
 
 
 def _outline(axes: Axes, shown: ExplainedImage, k: int, colour: str) -> None:
-    """The region where a concept's map passes half of its maximum."""
+    """The region where a concept's map passes the contour of its scale, or half of its own maximum."""
     values = _upsample(np.asarray(shown.maps[k], dtype=np.float32), *np.asarray(shown.picture).shape[:2])
     top = float(values.max())
-    if not values.min() < top / 2 < top:
+    level = top / 2 if shown.scales is None else shown.scales[k][2]
+    if not values.min() < level < top:
         return
     for tone, line in (("black", 3.0), (colour, 1.6)):
-        axes.contour(values, levels=[top / 2], colors=tone, linewidths=line)
+        axes.contour(values, levels=[level], colors=tone, linewidths=line)
 
 
 def weighted_overlay(image: Array, concept_map: Array, strength: float) -> npt.NDArray[np.float32]:

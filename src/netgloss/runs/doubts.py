@@ -110,7 +110,7 @@ def _remarks(files: RunFiles, missing: list[str]) -> list[Answer]:
     concepts, data = files.concepts["concepts"], files.run["data"]
     found = []
     kind = files.concepts["importance"]["kind"]
-    if kind not in (None, "exact"):
+    if kind not in (None, "none", "exact"):
         found.append(Answer(f"What concepts add to a logit is an approximation ({kind}).", "#/run"))
     if concepts and all(c["stability"] is None for c in concepts):
         found.append(Answer("Whether other seeds find the same concepts was not measured."))
@@ -160,6 +160,12 @@ def trust(files: RunFiles) -> Trust:
         only = "only " if typical["share"] < HALF else ""
         place = red if typical["share"] < HALF else amber if typical["share"] < MOST else good
         place.append(f"the concepts explain {only}{share_text(typical)}")
+    if "agreement" in values:
+        agreement, judged_so = values["agreement"]
+        low = judged_so.standing == "poor" and level("agreement", agreement)[0] == "poor"
+        text = f"{percent(agreement)} of the predictions stay the same when only the concepts are left"
+        place = red if low else good if judged_so.standing == "better" else amber
+        place.append(text if judged_so.standing != "poor" or low else judged_so.words.replace("says little: ", ""))
     if known and unstable > known / 2:
         red.append(f"{unstable} of {known} concepts did not come back with other seeds")
     elif unstable:
@@ -168,12 +174,6 @@ def trust(files: RunFiles) -> Trust:
         good.append("they come back with other seeds")
     else:
         amber.append("whether other seeds find the same concepts was not measured")
-    if "agreement" in values:
-        agreement, judged_so = values["agreement"]
-        low = judged_so.standing == "poor" and level("agreement", agreement)[0] == "poor"
-        text = f"{percent(agreement)} of the predictions stay the same when only the concepts are left"
-        place = red if low else good if judged_so.standing == "better" else amber
-        place.append(text if judged_so.standing != "poor" or low else judged_so.words.replace("says little: ", ""))
     if judged is not None and judged < FEW_IMAGES:
         amber.append(f"only {count(judged, 'image')} {'was' if judged == 1 else 'were'} scored")
     if red:

@@ -50,8 +50,8 @@ function dimmed(map, width, height) {
   context.putImageData(pixels, 0, 0);
   return canvas;
 }
-// Whether a concept's map stays below its outline in this picture.
-const isWeak = (packedMap) => { const map = decode(packedMap); return map.threshold !== null && map.values.every((v) => v < map.threshold); };
+// Whether a concept's map stays below its outline in this picture, or touches it in too small a place to be drawn.
+const isWeak = (packedMap) => { const map = decode(packedMap); return map.threshold !== null && map.values.every((v) => v < map.threshold + 8); };
 
 // Marching squares over the upsampled map, closed off at the picture's border by holding the edges.
 function contour(map, width, height) {
