@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -101,7 +102,7 @@ def test_the_steps_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
     assert "after fit, netgloss evaluate" in fails(capsys, "report", run)
     main(["evaluate", str(run), "--images", "critters:40", "--untrained-images", "0"])
-    assert "agreement" in capsys.readouterr().out
+    assert "Can I trust it?" in capsys.readouterr().out
     assert "max_images must be at least 1, got 0" in fails(capsys, "evaluate", run, "--max-images", "0")
     assert "untrained_images must not be negative" in fails(capsys, "evaluate", run, "--untrained-images", "-1")
     assert "top must be at least 1" in fails(capsys, "show", run, "critters:1", "--out", tmp_path / "s", "--top", "0")
@@ -202,3 +203,39 @@ def test_a_task_of_slurm_that_runs_alone_says_its_errors(
     monkeypatch.setenv("SLURM_PROCID", "3")
     monkeypatch.setattr("sys.argv", ["netgloss", "layers", *flags])
     assert is_main_process() == said
+
+
+def test_the_last_lines_answer_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    main(["explain", "pca", "--model", "critters", "--layer", "block5", "--out", str(run), *QUICK])
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert len(lines) <= 12
+    assert lines[0] == "critters at block5: 4 concepts by pca, scored on 8 images"
+    assert sum(": Strongest on " in line for line in lines) == 3
+    assert any(line.startswith("Can I trust it? ") for line in lines)
+    assert "  - Only 8 images were scored" in said.out
+    assert lines[-1].startswith(f"report: {run / 'report.html'}")
+    assert "95 % interval" not in said.out
+    assert "[" not in said.err.replace("[stage", "")  # lines, no bars
+    assert re.search(r"^capture: 40 images$", said.err, re.MULTILINE)
+    assert re.search(r"^capture: done in \d+ s$", said.err, re.MULTILINE)
+    main(["evaluate", str(run), "--images", "critters:40", "--untrained-images", "0", "--scores"])
+    assert "95 % interval" in capsys.readouterr().out
+
+
+def test_lines_come_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    from netgloss.cli.terminal import Lines
+
+    now = [0.0]
+    with Lines(every=10, clock=lambda: now[0]) as lines:
+        lines.start("fit seed 0", 1000, unit="steps", done=200)
+        for _ in range(80):
+            now[0] += 1
+            lines.advance(10, note="loss 0.1")
+        lines.finish()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "fit seed 0: 1,000 steps, 200 done before"
+    assert said[1] == "fit seed 0: 300 of 1,000 steps, 10.0/s, about 70 s left, loss 0.1"
+    assert said[-1] == "fit seed 0: done in 80 s"
+    assert len(said) == 9

@@ -17,7 +17,7 @@ from netgloss.errors import UserError
 from netgloss.figures import ExplainedImage
 from netgloss.figures.style import brief, number, printable
 
-VIRIDIS = colormaps["viridis"]
+COLOURS = colormaps["inferno"]
 HOSTILE = '$\\frac{ <script>alert("1")</script> & \u202e\u0000\ud800'
 
 
@@ -40,21 +40,46 @@ def test_overlay_paints_nothing_where_the_concept_is_absent() -> None:
 def test_overlay_at_full_strength_is_the_blend() -> None:
     image = np.full((5, 5, 3), 51, dtype=np.uint8)  # 0.2
     out = figures.overlay_map(image, np.full((2, 2), 7.0), low=0.0, high=7.0, alpha=0.6)
-    assert out == pytest.approx(np.broadcast_to(0.4 * 0.2 + 0.6 * np.array(VIRIDIS(1.0)[:3]), (5, 5, 3)), abs=1e-6)
+    assert out == pytest.approx(np.broadcast_to(0.4 * 0.2 + 0.6 * np.array(COLOURS(1.0)[:3]), (5, 5, 3)), abs=1e-6)
 
 
 def test_overlay_is_bilinear_between_cell_centres() -> None:
     out = figures.overlay_map(np.zeros((1, 4, 3)), np.array([[0.0, 1.0]]), alpha=1.0)
-    expected = [v * np.array(VIRIDIS(v)[:3]) for v in (0.0, 0.25, 0.75, 1.0)]
+    expected = [v * np.array(COLOURS(v)[:3]) for v in (0.0, 0.25, 0.75, 1.0)]
     assert out[0] == pytest.approx(np.array(expected), abs=1e-6)
 
 
 def test_overlay_of_signed_maps_is_symmetric_about_zero() -> None:
     image = np.full((1, 3, 3), 0.5)
     out = figures.overlay_map(image, np.array([[-2.0, 0.0, 1.0]]), alpha=1.0)
-    assert out[0, 0] == pytest.approx(np.array(VIRIDIS(0.0)[:3]))
+    assert out[0, 0] == pytest.approx(np.array(COLOURS(0.0)[:3]))
     assert out[0, 1] == pytest.approx(np.full(3, 0.5))
-    assert out[0, 2] == pytest.approx(0.5 * 0.5 + 0.5 * np.array(VIRIDIS(0.75)[:3]), abs=1e-6)
+    assert out[0, 2] == pytest.approx(0.5 * 0.5 + 0.5 * np.array(COLOURS(0.75)[:3]), abs=1e-6)
+
+
+def test_heat_has_no_green() -> None:
+    red, green, blue = COLOURS(range(256))[:, :3].T
+    assert (green <= np.maximum(red, blue) + 0.02).all()
+
+
+def test_outline_dims_the_surroundings_alone() -> None:
+    grid = np.array([[0.0, 1.0, 0.0], [1.0, 4.0, 1.0], [0.0, 1.0, 0.0]])
+    image = np.full((3, 3, 3), 0.5)
+    shown = figures.outline_map(image, grid, low=0.0, high=4.0, contour=2.0)
+    assert shown[1, 1] == pytest.approx(0.5)
+    assert shown[0, 0] == pytest.approx(0.4 * 0.5)
+    edge = figures.outline_map(image, np.full((1, 1), 2.0 - 4 / 24), low=0.0, high=4.0, contour=2.0)
+    assert edge == pytest.approx(np.full((3, 3, 3), 0.7 * 0.5))
+
+
+def test_a_map_on_the_scale_of_its_concept_may_be_weak() -> None:
+    given = (np.zeros((9, 9, 3)), [np.eye(3)], [3.0], ["a"], "tench")
+    own = drawn(figures.image_explanation(ExplainedImage(*given)))
+    common = drawn(figures.image_explanation(ExplainedImage(*given, scales=[(0.0, 8.0, 4.0)])))
+    assert "weak here" not in own.axes[1].get_title()
+    assert own.axes[1].collections
+    assert common.axes[1].get_title().endswith("weak here")
+    assert not common.axes[1].collections
 
 
 @pytest.mark.parametrize(("image", "grid"), [((4, 4, 3), (2,)), ((4, 4, 4), (2, 2))])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -34,6 +36,98 @@ SCORE_FIELDS = ["metric", "value", "low", "high", "baselines", "n", "seeds", "hi
 def nmf_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("run") / "nmf"
     return netgloss.explain("nmf", "critters", "block5", "critters:100", out=out, num_concepts=6, seeds=2)
+
+
+def test_the_explained_share_is_of_the_networks_own_logit(nmf_run: Run) -> None:
+    record = nmf_run.concepts["importance"]["explained"]
+    assert record["images"] == nmf_run.manifest["num_judged"] == 20
+    assert record["low"] < record["share"] < record["high"]
+    shares = []
+    for image in nmf_run.concepts["images"]:
+        why = image["explained"]
+        if why:
+            assert why["share"] == pytest.approx(max(0, 1 - abs(why["gap"]) / abs(why["logit"] - why["base"])))
+            shares.append(why["share"])
+    assert min(shares) <= record["share"] <= max(shares)
+
+
+def test_pictures_are_stored_large_enough_to_look_at(nmf_run: Run) -> None:
+    from PIL import Image
+
+    for entry in nmf_run.concepts["images"]:
+        with Image.open(nmf_run.path / entry["thumbnail"]) as picture:
+            assert picture.format == "WEBP"
+            assert max(picture.size) >= 224
+
+
+def test_a_figure_of_show_is_on_the_scale_of_the_report(nmf_run: Run) -> None:
+    (shown,) = netgloss.show(nmf_run, "critters:1,seed=4")
+    for driver in shown.drivers:
+        drawn = nmf_run.concepts["concepts"][driver.concept]["gallery"][0]["map"]
+        assert driver.scale is not None
+        assert (driver.scale.low, driver.scale.high) == (drawn["low"], drawn["high"])
+
+
+def test_concepts_in_python_and_in_a_spreadsheet(nmf_run: Run) -> None:
+    concepts = nmf_run.concepts
+    assert concepts["concepts"][3]["id"] == 3  # still a dict
+    concept = concepts[3]
+    assert concept.sentence.startswith("Strongest on ")
+    figure = concept.figure()
+    assert len(figure.axes) == len(concept.record["gallery"])
+    figure.savefig(io.BytesIO(), dpi=30)
+    with pytest.raises(UserError, match="there is no concept 6; the run has 6"):
+        concepts[6]
+    rows = nmf_run.table()
+    rows = rows if isinstance(rows, list) else rows.to_dict("records")
+    assert [row["concept"] for row in rows] == list(range(6))
+    assert rows[3]["sentence"] == concept.sentence
+    with (nmf_run.path / "concepts.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [row["sentence"] for row in listed] == [row["sentence"] for row in rows]
+
+
+def test_an_image_of_the_run_is_drawn_from_what_is_stored(nmf_run: Run) -> None:
+    entry = next(image for image in nmf_run.concepts["images"] if image["explained"])
+    image = nmf_run.image(entry["id"])
+    drivers = entry["explained"]["drivers"]
+    assert list(image.contributions.values()) == [d["contribution"] for d in drivers]
+    figure = image.figure()
+    widths = [bar.get_width() for bar in figure.axes[-1].patches]
+    assert widths[: len(drivers)] == pytest.approx([d["contribution"] for d in drivers])
+    assert sum(widths) == pytest.approx(entry["explained"]["logit"], abs=1e-4)
+    assert nmf_run.image(f"somewhere/{entry['id']}").record == image.record
+    with pytest.raises(UserError, match=r"explained no 'new\.jpg'; netgloss\.show explains any image"):
+        nmf_run.image("new.jpg")
+
+
+def test_no_name_is_a_formula_in_the_csv() -> None:
+    from netgloss.runs.views import concepts_csv
+
+    image = {"id": "=cmd()", "label": "+1", "prediction": None}
+    concept = {"id": 0, "name": "@sum", "label": None, "importance": 0.1, "share_active": 0.2, "stability": None}
+    concept |= {"gallery": [{"image": 0}], "classes": []}
+    (row,) = csv.DictReader(io.StringIO(concepts_csv({"concepts": [concept], "images": [image], "classes": []})))
+    assert row["name"] == "'@sum"
+    assert row["strongest_images"] == "'=cmd()"
+
+
+def test_folders_that_are_no_class_are_listed_and_not_judged(tmp_path: Path) -> None:
+    source = netgloss.open_images("critters:24")
+    names = dict(enumerate(source.class_names))
+    for i in range(24):
+        name = "a spotted beast" if int(source.targets[i]) == 0 else names[int(source.targets[i])]
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        source.image(i).save(tmp_path / "photos" / name / f"{i:02d}.png")
+    images = str(tmp_path / "photos")
+    run = netgloss.explain("nmf", "critters", "block5", images, out=tmp_path / "run", num_concepts=3, seeds=1)
+    (listed,) = run.concepts["unmatched"]
+    assert listed["label"] == "a spotted beast"
+    assert listed["images"] == sum(int(source.targets[i]) == 0 for i in range(24))
+    assert listed["prediction"] in source.class_names
+    for image in run.concepts["images"]:
+        assert image["known"] == (image["label"] != "a spotted beast")
+    assert run.concepts["mistakes"]["labelled"] == 24 - listed["images"]
 
 
 def test_a_run_folder_holds_everything(nmf_run: Run) -> None:

@@ -107,7 +107,9 @@ def test_policy_allows_only_this_script_and_style(hostile: tuple[Path, str]) -> 
 
 
 def test_nothing_points_outside(hostile: tuple[Path, str]) -> None:
-    addresses = set(re.findall(r"(?:https?:)?//[\w.]+[^\s\"']*", hostile[1].split('id="data"')[0]))
+    hashes = r"'sha256-[\w+/=]+'"  # base64 may hold two slashes
+    above = re.sub(hashes, "", hostile[1].split('id="data"')[0])
+    addresses = set(re.findall(r"(?:https?:)?//[\w.]+[^\s\"']*", above))
     script = next(
         text for tag, attributes, text in Page(hostile[1]).raw if tag == "script" and "type" not in attributes
     )
@@ -122,7 +124,7 @@ def test_the_answers_follow_from_the_numbers(tmp_path: Path) -> None:
     text = " ".join(Page(build_report(make_run(tmp_path / "run"))).text.split())
     assert "Worse than natural axes in kl." in text
     assert "Not distinguishable from natural axes in agreement." in text
-    assert "2 of 4 scores beat every baseline." in text
+    assert "The concepts explain 100 % of a typical prediction, measured in 12 images." in text  # gap 0.02 of 11.3
     assert "1 concept of 6 never became active." in text
     assert "1 image left out: could not be read." in text
     assert "The fit had not converged after 200 iterations." in text

@@ -168,14 +168,21 @@ class ClassMatch:
         """The names that are no class of the classifier."""
         return [name for name, place in zip(self.names, self.index.tolist(), strict=True) if place < 0]
 
+    def nearest(self, name: str) -> str | None:
+        """The class of the classifier whose name is spelled most like ``name``; None if none is."""
+        if self._nameless:
+            return None
+        spelled = {plain(known.split(",")[0]): known.split(",")[0] for known in self.class_names}
+        near = nearest(plain(name), spelled, limit=1)
+        return spelled[near[0]] if near else None
+
     @property
     def listed(self) -> str:
         """The first of :attr:`missing`, each with the nearest class, and how many more there are."""
-        spelled = {plain(name.split(",")[0]): name.split(",")[0] for name in self.class_names}
         parts = []
         for name in self.missing[:_MOST_NAMED]:
-            near = [] if self._nameless else nearest(plain(name), spelled, limit=1)
-            parts.append(one_line(f"{name} (nearest: {spelled[near[0]]})" if near else name))
+            near = self.nearest(name)
+            parts.append(one_line(f"{name} (nearest: {near})" if near else name))
         more = len(self.missing) - len(parts)
         return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
 

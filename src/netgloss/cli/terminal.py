@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,68 @@ def print_scores(run: Any) -> None:
         out.print(f"note: {one_line(warning)}", style="yellow")
 
 
+def print_answer(run: Any, *, scores: bool = False) -> None:
+    """Print what a run found, in words and at most twelve lines; with ``scores`` the table of all scores before it."""
+    from netgloss.runs.doubts import answer_lines
+    from netgloss.runs.files import read_run
+
+    if scores:
+        print_scores(run)
+    out = console()
+    for line in answer_lines(read_run(run.path)):
+        out.print(one_line(line))
+    report = run.path / "report.html"
+    where = f"report: {report}" if report.exists() else f"no report yet: netgloss report {run.path}"
+    out.print(where if scores else f"{where} (--scores prints all scores)")
+
+
+class Lines:
+    """Progress where there is no terminal: a plain line on stderr when a task begins, ends, and every ten seconds."""
+
+    def __init__(self, every: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._now = every, clock
+        self._name = self._unit = ""
+        self._total = self._done = self._before = 0
+        self._began = self._said = 0.0
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        return None
+
+    def start(self, task: str, total: int, *, unit: str, done: int = 0) -> None:
+        self._name, self._unit, self._total, self._done, self._before = task, unit, total, done, done
+        self._began = self._said = self._now()
+        self.say(f"{task}: {total:,} {unit}" + (f", {done:,} done before" if done else ""))
+
+    def advance(self, amount: int = 1, *, note: str = "") -> None:
+        self._done += amount
+        now = self._now()
+        if now - self._said < self._every or self._done >= self._total:
+            return
+        self._said = now
+        rate = (self._done - self._before) / max(now - self._began, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        self.say(
+            f"{self._name}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.1f}/s, "
+            f"about {_duration(left)} left" + (f", {note}" if note else "")
+        )
+
+    def finish(self) -> None:
+        self.say(f"{self._name}: done in {_duration(self._now() - self._began)}")
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """``45 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class Bars:
     """Progress bars on stderr: images/s (or steps/s), time left, and a note."""
 
@@ -116,9 +178,14 @@ class Bars:
 def execution(
     device: str = "auto", *, devices: int = 1, nodes: int = 1, precision: str = "32-true"
 ) -> Iterator[Execution]:
-    """An execution that shows progress bars in the main process and records the command line."""
+    """An execution that shows progress (bars, or lines without a terminal) in the main process and records the command
+    line.
+    """
     from netgloss.progress import Silent
     from netgloss.training.execution import Execution
 
-    with Bars() if is_main_process() else nullcontext(Silent()) as bars:
+    shown: Any = nullcontext(Silent())
+    if is_main_process():
+        shown = Bars() if sys.stderr.isatty() else Lines()
+    with shown as bars:
         yield Execution(device, devices, nodes, precision, bars, command_line())

@@ -16,7 +16,7 @@ from netgloss.cli.harden import Harden
 from netgloss.cli.parts import Parts
 from netgloss.cli.plan import Plan
 from netgloss.cli.serve import Serve
-from netgloss.cli.terminal import console, execution, print_problems, print_scores
+from netgloss.cli.terminal import console, execution, print_answer, print_problems
 from netgloss.errors import UserError
 
 if TYPE_CHECKING:
@@ -172,6 +172,8 @@ class Evaluate:
     evaluated before is not scored again, unless --images is given."""
     checkpoint: Path | None = None
     """Where the network's weights are now, if they were moved since the run."""
+    scores: bool = False
+    """Also print the table of all scores with their intervals and baselines."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
 
     def run(self) -> None:
@@ -195,7 +197,7 @@ class Evaluate:
                 device=execution,
             )
         if execution.leads:
-            print_scores(run)
+            print_answer(run, scores=self.scores)
 
 
 @dataclass
@@ -240,6 +242,8 @@ class Explain:
     """Images for the untrained-network control; 0 leaves it out."""
     rehearsal: bool = True
     """Try every stage on four images first (about a second): what would end the run late ends it at once."""
+    scores: bool = False
+    """Also print the table of all scores with their intervals and baselines."""
     processes: Annotated[Processes, FLAT] = field(default_factory=Processes)
     precision: str = "32-true"
     """Precision of the training steps, as Fabric names them."""
@@ -270,8 +274,7 @@ class Explain:
                 ),
             )
         if execution.leads:
-            print_scores(run)
-            console().print(f"report: {run.path / 'report.html'}")
+            print_answer(run, scores=self.scores)
 
 
 @dataclass
@@ -311,13 +314,15 @@ class Demo:
     """Run folder."""
     images: int = 400
     """Critters to draw."""
+    scores: bool = False
+    """Also print the table of all scores with their intervals and baselines."""
 
     def run(self) -> None:
         from netgloss.workflows.explain import demo
 
         with execution() as running:
             run = demo(self.out, num_images=self.images, device=running)
-        print_scores(run)
+        print_answer(run, scores=self.scores)
         console().print(f"open {run.path / 'report.html'} in a browser")
 
 

@@ -28,9 +28,7 @@ from torch import Tensor
 
 from netgloss.errors import UserError
 from netgloss.metrics.base import ImageMetric, student_t
-
-ROUNDING = 1e-4
-"""Differences up to this are put down to rounding: an affine tail departs from its linear surrogate by 1e-7 to 1e-5."""
+from netgloss.runs.verdicts import ROUNDING
 
 Verdict = Literal["better", "worse", "higher", "lower", "same", "unknown"]
 

@@ -1,6 +1,6 @@
 """One pass over the stored activations: each concept's range, strongest images and contributions, as running sums.
 
-Memory does not grow with the number of images (but for one prediction an image).
+Memory does not grow with the number of images (but for a few numbers per image).
 
 Shape letters: B images, K concepts, P positions, T images shown for each concept.
 """
@@ -17,7 +17,7 @@ from netgloss.activations.layer import Layer, LayerBatch
 from netgloss.explainers.base import Explainer
 from netgloss.explanations.mistakes import Mistake, find_mistakes
 from netgloss.metrics.faithfulness.agreement import decision_kept
-from netgloss.metrics.faithfulness.importance import Contributions, explain_class
+from netgloss.metrics.faithfulness.importance import Contributions, explain_class, explained_share
 from netgloss.progress import Progress
 
 EPS = 1e-12
@@ -67,6 +67,8 @@ class ConceptAccumulators:
     explained: int = 0
     labelled: int = 0
     mistakes: list[Mistake] = field(default_factory=list)
+    shares: dict[int, float] = field(default_factory=dict)
+    """How much of its prediction's logit the concepts explain, by image."""
     codes: list[Tensor] = field(default_factory=list)
     """(B, K, P) of every batch, where they are kept."""
 
@@ -98,8 +100,11 @@ class ConceptAccumulators:
         self.predictions.update({i: (c, p) for i, c, p in entries})
         return predicted
 
-    def add_influence(self, parts: Contributions) -> None:
-        """Each concept's share of an image's absolute contributions to its prediction, and the completeness gap."""
+    def add_influence(self, batch: LayerBatch, predicted: Tensor, parts: Contributions) -> None:
+        """Each concept's share of an image's absolute contributions to its prediction, and the gaps."""
+        logit = batch.logits.gather(1, predicted[:, None])[:, 0]
+        shares = explained_share(logit, parts.base, logit - parts.base - parts.values.sum(dim=1))
+        self.shares.update(zip(batch.index.tolist(), shares.tolist(), strict=True))
         share = parts.values.abs()
         self.influence_K += (share / share.sum(dim=1, keepdim=True).clamp_min(EPS)).double().sum(dim=0).cpu()
         self.abs_gap += float(parts.gap.abs().sum())
@@ -157,7 +162,7 @@ def accumulate_concepts(
             of_class = explain_class(*given, classes, activation=batch.activation)
             same = bool((classes == predicted).all())
             of_prediction = of_class if same else explain_class(*given, predicted, activation=batch.activation)
-            sums.add_influence(of_prediction)
+            sums.add_influence(batch, predicted, of_prediction)
             sums.labelled += int((batch.labels >= 0).sum())
             sums.mistakes += find_mistakes(batch.index, batch.logits, batch.labels, of_class, of_prediction)
             with torch.no_grad():

@@ -19,10 +19,11 @@ from netgloss.explanations.accumulators import EPS, ConceptAccumulators, accumul
 from netgloss.explanations.deletion import cross_deletion
 from netgloss.explanations.heatmaps import ConceptRange, concept_heatmaps
 from netgloss.explanations.images import explain_images
-from netgloss.explanations.mistakes import mistakes_record, shown_images
+from netgloss.explanations.mistakes import mistakes_record, shown_images, unmatched_classes
 from netgloss.explanations.similarity import concept_map, concept_similarity, nearest
-from netgloss.metrics.faithfulness.importance import strongest
+from netgloss.metrics.faithfulness.importance import strongest, typical_share
 from netgloss.progress import Progress, Silent
+from netgloss.runs.verdicts import NAMED_IMAGES
 
 _CONTOUR_QUANTILE = 0.98
 _ROWS_FOR_QUANTILE = 200_000
@@ -124,13 +125,14 @@ def explain_layer(
         "layer": layer.name,
         "grid": list(layer.store.shapes[layer.name][1:] if drawn is not codes else explainer.spec.grid),
         "importance": (
-            _importance_note(sums, affine=affine, own=explained_classes is not None)
+            _importance_note(sums, candidates.tolist(), affine=affine, own=explained_classes is not None)
             if layer.classifier.num_classes
             else {"kind": "none", "definition": "The network has no head, so that concepts add to no logit."}
         ),
         "images": _image_entries(sums, layer, shown, set(heldout_images.tolist()), explained),
         "concepts": concepts,
         "map": concept_map(similarity, of),
+        "unmatched": unmatched_classes(layer, sums.predictions),
         "mistakes": mistakes_record(sums.mistakes, sums.labelled, place, layer.classifier.class_names, explained),
         "classes": pages,
     }
@@ -138,7 +140,7 @@ def explain_layer(
 
 
 def _thumbnail(image: int) -> str:
-    return f"{image:07d}.jpg"
+    return f"{image:07d}.webp"
 
 
 def _codes(explainer: Explainer, layer: Layer, images: np.ndarray) -> dict[int, np.ndarray]:
@@ -263,6 +265,7 @@ def _image_entries(
             {
                 "id": layer.store.ids[i],
                 "label": names[labels[i]] if labels[i] >= 0 else own_name,
+                "known": bool(labels[i] >= 0),
                 "prediction": None if predicted is None else names[predicted],
                 "probability": probability,
                 "thumbnail": f"images/{_thumbnail(i)}",
@@ -274,14 +277,20 @@ def _image_entries(
 
 
 def _served_classes(sums: ConceptAccumulators, concept: int, names: list[str], limit: int = 5) -> list[dict[str, Any]]:
-    """Classes whose logit the concept raises most, with its share of the class's absolute contributions."""
+    """Classes whose logit the concept raises most, with its share of the class's absolute contributions.
+
+    Classes of a few images come last: a single image can have a large mean.
+    """
     raised = []
     for c, entry in sums.by_class.items():
         mean_K = entry.contribution_K / entry.images
         share = float(mean_K[concept].abs() / mean_K.abs().sum().clamp_min(EPS))
-        raised.append((float(mean_K[concept]), share, names[c]))
-    top = sorted(raised, reverse=True)[:limit]
-    return [{"class": name, "contribution": mean, "share": share} for mean, share, name in top if mean > 0]
+        raised.append((entry.images >= NAMED_IMAGES, float(mean_K[concept]), share, names[c], entry.images))
+    top = sorted((entry for entry in raised if entry[1] > 0), reverse=True)[:limit]
+    return [
+        {"class": name, "contribution": mean, "share": share, "images": images}
+        for _, mean, share, name, images in sorted(top, key=lambda entry: -entry[1])
+    ]
 
 
 def _class_pages(
@@ -330,7 +339,10 @@ def _add_deletion(
             page["deletion"] = cross_deletion(explainer, layer, np.array(surest), concepts)
 
 
-def _importance_note(sums: ConceptAccumulators, *, affine: bool, own: bool) -> dict[str, Any]:
+def _importance_note(sums: ConceptAccumulators, images: list[int], *, affine: bool, own: bool) -> dict[str, Any]:
+    """How contributions are computed, and what they explain of the predictions of ``images``."""
+    shares = torch.tensor([sums.shares.get(i, torch.nan) for i in images], dtype=torch.float64)
+    typical = typical_share(shares)
     what = "its code times the gradient of the class's logit with respect to it, summed over positions"
     if own:
         what = "its weight in the class's rebuilt score times its value"
@@ -350,6 +362,13 @@ def _importance_note(sums: ConceptAccumulators, *, affine: bool, own: bool) -> d
             "mean_abs": sums.abs_gap / sums.explained if sums.explained else None,
             "relative": sums.abs_gap / sums.abs_scale if sums.abs_scale else None,
         },
-        "definition": f"A concept's contribution is {what}. {sum_text}. What the reconstruction itself loses is "
-        "reported separately.",
+        "explained": typical
+        and {
+            "share": typical[0],
+            "low": typical[1],
+            "high": typical[2],
+            "images": int(shares.isfinite().sum()),
+        },
+        "definition": f"A concept's contribution is {what}. {sum_text}. What the reconstruction itself loses "
+        "is part of the gap: the logit that it is compared with is the network's own.",
     }

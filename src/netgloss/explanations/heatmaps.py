@@ -19,6 +19,17 @@ import torch
 from torch import Tensor
 
 
+def recorded_ranges(concepts: Sequence[dict[str, Any]]) -> list[ConceptRange]:
+    """The scales that a run's own maps are drawn on, from ``concepts.json``: a new image then compares with them."""
+    found = []
+    for concept in concepts:
+        drawn = next((entry["map"] for entry in concept["gallery"] if entry["map"]), None)
+        low, high = (drawn["low"], drawn["high"]) if drawn else (0.0, concept["max"] or 1.0)
+        level = drawn["threshold"] if drawn and drawn["threshold"] is not None else 128
+        found.append(ConceptRange(low=low, high=high, contour=low + (high - low) * level / 255))
+    return found
+
+
 def concept_heatmaps(encode: Callable[[Tensor], Tensor], maps: Tensor, concepts: Sequence[int]) -> Tensor:
     """Heatmaps (B, len(concepts), H, W) >= 0 of some concepts.
 

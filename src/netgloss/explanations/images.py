@@ -8,6 +8,7 @@ Shape letters: B images, K concepts, H W grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from netgloss.activations.layer import LayerBatch
 from netgloss.explainers.base import Explainer
 from netgloss.explanations.heatmaps import ConceptRange, concept_heatmaps
 from netgloss.explanations.removal import STRENGTHS, is_exact, removal_record, replay
-from netgloss.metrics.faithfulness.importance import explain_class, strongest
+from netgloss.metrics.faithfulness.importance import explain_class, explained_share, strongest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,12 +32,16 @@ Heat = Callable[[list[int]], Tensor]
 
 @dataclass(frozen=True)
 class Driver:
-    """A concept behind a prediction, with its contribution to the logit and its map (H, W), a scalar () without one."""
+    """A concept behind a prediction, with its contribution to the logit and its map (H, W), a scalar () without one.
+
+    ``scale`` is the one of the concept's maps over all images, where it is known.
+    """
 
     concept: int
     name: str
     contribution: float
     map: np.ndarray
+    scale: ConceptRange | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class ImageExplanation:
     weighted : the method rebuilds class scores itself; figures then dim its maps by contribution.
     picture : (height, width, 3) in [0, 1], as the network saw it; None if not given.
     files : what :func:`netgloss.show` wrote.
+    share : of the logit that the concepts explain (``explained_share`` of the metrics), None if that is not defined.
     """
 
     prediction: str
@@ -74,6 +80,12 @@ class ImageExplanation:
     image: str = ""
     files: tuple[Path, ...] = ()
 
+    @property
+    def share(self) -> float | None:
+        values = (torch.tensor([v], dtype=torch.float64) for v in (self.logit, self.base, self.gap))
+        share = float(explained_share(*values))
+        return share if math.isfinite(share) else None
+
     def numbers(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         names = ("prediction", "explained_class", "probability", "logit", "rebuilt_logit", "base", "gap")
@@ -87,6 +99,7 @@ class ImageExplanation:
             "rebuilt": self.rebuilt_logit,
             "base": self.base,
             "gap": self.gap,
+            "share": self.share,
             "others": self.others,
             "drivers": [
                 {"concept": d.concept, "contribution": d.contribution, "map": ranges[d.concept].encode(d.map)}
@@ -100,6 +113,8 @@ class ImageExplanation:
         from netgloss.figures import ExplainedImage, image_explanation
 
         assert self.picture is not None
+        known = [d.scale for d in self.drivers if d.scale is not None]
+        scales = [(r.low, r.high, r.contour) for r in known] if len(known) == len(self.drivers) else None
         same = self.explained_class == self.prediction
         return image_explanation(
             ExplainedImage(
@@ -114,6 +129,7 @@ class ImageExplanation:
                 self.base,
                 self.gap,
                 self.weighted,
+                scales,
             )
         )
 
@@ -129,6 +145,7 @@ def explain_images(
     also: Sequence[int | None] = (),
     affine: bool | None = None,
     pictures: Sequence[np.ndarray] = (),
+    ranges: Sequence[ConceptRange] | None = None,
 ) -> list[ImageExplanation]:
     """Explains the images of a batch.
 
@@ -140,6 +157,7 @@ def explain_images(
     affine : whether the tail is affine; None leaves out ``removal``, which is also left out for several labels, as it
         is about the class that wins.
     pictures : B pictures (height, width, 3) in [0, 1].
+    ranges : K scales of the concepts, for figures; default each map's own.
     """
     affine = None if batch.outputs == "multilabel" else affine
     with torch.no_grad():
@@ -177,7 +195,8 @@ def explain_images(
                 gap=logit - base - float(values_K.sum()),
                 contributions={names[k]: float(values_K[k]) for k in values_K.abs().argsort(descending=True).tolist()},
                 drivers=tuple(
-                    Driver(k, names[k], float(values_K[k]), np.asarray(m)) for k, m in zip(order, drawn, strict=True)
+                    Driver(k, names[k], float(values_K[k]), np.asarray(m), ranges[k] if ranges else None)
+                    for k, m in zip(order, drawn, strict=True)
                 ),
                 others=float(values_K.sum() - values_K[order].sum()),
                 removal=removal,

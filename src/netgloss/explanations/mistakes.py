@@ -18,13 +18,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from netgloss.activations.layer import Layer
+from netgloss.class_names import compare_classes
 from netgloss.metrics.faithfulness.importance import Contributions
 
 MAX_GROUPS = 12
 _SHOWN = 6
 _PAIRS = 4
+_COMPARED = 30
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,31 @@ def mistakes_record(
             }
         )
     return {"labelled": labelled, "wrong": len(mistakes), "groups": groups}
+
+
+def unmatched_classes(layer: Layer, predictions: Mapping[int, tuple[int, float]]) -> list[dict[str, Any]]:
+    """Classes of the images that are none of the network, the largest first: their images are neither right nor wrong.
+
+    Parameters
+    ----------
+    predictions : (class, probability) by store index.
+    """
+    given, network = list(layer.store.info.class_names), layer.classifier
+    if not network.num_classes:  # a network without a head predicts nothing
+        return []
+    match = compare_classes(given, network.class_names, network.wnids)
+    targets = np.asarray(layer.store.targets)
+    records: list[dict[str, Any]] = []
+    for place in np.flatnonzero(match.index < 0).tolist():
+        own = [i for i in np.flatnonzero(targets == place).tolist() if i in predictions]
+        if own:
+            most, times = Counter(predictions[i][0] for i in own).most_common(1)[0]
+            answers = {"prediction": network.class_names[most], "predicted": times}
+            records.append({"label": given[place], "images": len(own), "nearest": None, **answers})
+    records.sort(key=lambda record: -record["images"])
+    for record in records[:_COMPARED]:  # comparing a spelling with a thousand names takes a while
+        record["nearest"] = match.nearest(record["label"])
+    return records
 
 
 def _winner_without(explained: dict[str, Any] | None, concept: int | None) -> str | None:

@@ -23,7 +23,7 @@ from netgloss.figures.decoded import (
     decoded_triples,
     difference_map,
 )
-from netgloss.figures.overlay import ExplainedImage, image_explanation, overlay_map
+from netgloss.figures.overlay import ExplainedImage, concept_gallery, image_explanation, outline_map, overlay_map
 from netgloss.figures.svg import to_svg
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "accuracy_by_eps",
     "alpha_strip",
     "before_and_after",
+    "concept_gallery",
     "concept_strip",
     "consistency_histograms",
     "cosines_by_bin_chart",
@@ -44,6 +45,7 @@ __all__ = [
     "heatmap_tile",
     "history_curves",
     "image_explanation",
+    "outline_map",
     "overlay_map",
     "score_chart",
     "to_svg",

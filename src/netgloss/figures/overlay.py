@@ -6,6 +6,7 @@ Shape letters: H, W pixels of an image; h, w cells of a concept map.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from netgloss.errors import UserError
-from netgloss.figures.style import AGAINST, HEAT, INK, VALUE, bare, brief, new_figure, number
+from netgloss.figures.style import AGAINST, HEAT, INK, VALUE, bare, brief, new_figure, number, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,9 +33,9 @@ def overlay_map(
     """A concept map as a translucent heatmap over an image.
 
     The map is upsampled bilinearly (cell centres, edges held). Where ``low >= 0`` the strength is
-    ``v = clip((map - low) / (high - low), 0, 1)`` and the pixel ``(1 - alpha v) image + alpha v viridis(v)``: nothing
+    ``v = clip((map - low) / (high - low), 0, 1)`` and the pixel ``(1 - alpha v) image + alpha v colour(v)``: nothing
     is painted where the concept is absent. Where ``low < 0`` it is ``s = clip(map / max(|low|, |high|), -1, 1)``, the
-    colour ``viridis((1 + s) / 2)`` and the weight ``alpha |s|``: zero is bare, negative is dark, positive is bright.
+    colour ``colour((1 + s) / 2)`` and the weight ``alpha |s|``: zero is bare, negative is dark, positive is bright.
 
     Parameters
     ----------
@@ -68,6 +69,27 @@ def overlay_map(
     return np.asarray((1 - blend) * rgb + blend * colour, dtype=np.float32)
 
 
+def outline_map(
+    image: Array, concept_map: Array, *, low: float, high: float, contour: float
+) -> npt.NDArray[np.float32]:
+    """An image whose surroundings of a concept are dimmed: ``(1 - 0.6 d) image``, ``d = clip((contour - map) / edge)``.
+
+    The edge is a twelfth of the scale ``high - low``. The report's pictures are dimmed by the same rule.
+
+    Parameters
+    ----------
+    image : (H, W, 3) or (H, W), uint8 or float in [0, 1]. concept_map : (h, w). contour : level of the outline.
+
+    Returns
+    -------
+    (H, W, 3) float32 in [0, 1].
+    """
+    rgb = _rgb(image)
+    values = _upsample(np.asarray(concept_map, dtype=np.float32), *rgb.shape[:2])
+    dim = np.clip((contour - values) / max((high - low) / 12, 1e-12), 0, 1)
+    return np.asarray((1 - 0.6 * dim[..., None]) * rgb, dtype=np.float32)
+
+
 @dataclass(frozen=True)
 class ExplainedImage:
     """What :func:`image_explanation` draws.
@@ -81,6 +103,8 @@ class ExplainedImage:
         exact).
     weighted : draw each map by :func:`weighted_overlay`, with the last word of its name and its contribution as a share
         of the strongest one.
+    scales : K times (low, high, contour) of the concept over all images; default from 0 (or below) to each map's own
+        maximum, the contour at half of it.
     """
 
     picture: Array
@@ -94,6 +118,7 @@ class ExplainedImage:
     base: float = 0.0
     gap: float | None = None
     weighted: bool = False
+    scales: Sequence[tuple[float, float, float]] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.maps) == len(self.contributions) == len(self.names):
@@ -146,6 +171,39 @@ def image_explanation(shown: ExplainedImage) -> Figure:
     return figure
 
 
+def concept_gallery(
+    pictures: Sequence[Array],
+    maps: Sequence[Array | None],
+    scales: Sequence[tuple[float, float, float]],
+    captions: Sequence[str],
+    *,
+    title: str,
+) -> Figure:
+    """A concept's strongest images with its outline, at one level in all of them.
+
+    Parameters
+    ----------
+    pictures : n times (H, W, 3). maps : n times (h, w) or None. scales : n times (low, high, contour). captions : n.
+    """
+    columns = min(3, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = new_figure(2.1 * columns, 2.3 * rows + 0.5)
+    figure.suptitle(
+        "\n".join(textwrap.wrap(printable(title), 24 * columns)[:3]), color=INK, fontsize=9, parse_math=False
+    )
+    layout = figure.add_gridspec(rows, columns)
+    for i, (picture, concept_map, (low, high, contour)) in enumerate(zip(pictures, maps, scales, strict=True)):
+        axes = figure.add_subplot(layout[i // columns, i % columns])
+        axes.set_title(brief(captions[i], 24), fontsize=8, color=INK, parse_math=False)
+        if concept_map is None:
+            _show(axes, picture, None)
+            continue
+        axes.set_axis_off()
+        axes.imshow(outline_map(picture, concept_map, low=low, high=high, contour=contour))
+        _contour(axes, picture, concept_map, contour)
+    return figure
+
+
 def _bars(shown: ExplainedImage) -> tuple[list[tuple[str, float]], float]:
     """Names and lengths of the bars, and the gap."""
     bars = [(brief(name, 32), float(value)) for name, value in zip(shown.names, shown.contributions, strict=True)]
@@ -168,20 +226,29 @@ def _draw_map(axes: Axes, shown: ExplainedImage, k: int) -> None:
         tone = VALUE if share > 0 else AGAINST
         axes.set_title(caption, fontsize=8, color=tone, alpha=0.4 + 0.6 * abs(share), parse_math=False)
         return
-    low, high = _scale([concept_map])
-    _show(axes, shown.picture, concept_map, low=low, high=high, threshold=high / 2)
+    if shown.scales is None:
+        low, high = _scale([concept_map])
+        contour = high / 2
+    else:
+        low, high, contour = shown.scales[k]
+    axes.set_axis_off()
+    axes.imshow(outline_map(shown.picture, concept_map, low=low, high=high, contour=contour))
+    _contour(axes, shown.picture, concept_map, contour)
     caption = f"{brief(shown.names[k], 18)}  {number(shown.contributions[k], signed=True)}"
+    if concept_map.max() < contour:
+        caption += ", weak here"
     axes.set_title(caption, fontsize=8, color=INK, parse_math=False)
 
 
 def _outline(axes: Axes, shown: ExplainedImage, k: int, colour: str) -> None:
-    """The region where a concept's map passes half of its maximum."""
+    """The region where a concept's map passes the contour of its scale, or half of its own maximum."""
     values = _upsample(np.asarray(shown.maps[k], dtype=np.float32), *np.asarray(shown.picture).shape[:2])
     top = float(values.max())
-    if not values.min() < top / 2 < top:
+    level = top / 2 if shown.scales is None else shown.scales[k][2]
+    if not values.min() < level < top:
         return
     for tone, line in (("black", 3.0), (colour, 1.6)):
-        axes.contour(values, levels=[top / 2], colors=tone, linewidths=line)
+        axes.contour(values, levels=[level], colors=tone, linewidths=line)
 
 
 def weighted_overlay(image: Array, concept_map: Array, strength: float) -> npt.NDArray[np.float32]:
@@ -245,22 +312,15 @@ def _scale(maps: Sequence[Array | None]) -> tuple[float, float]:
     return min(0.0, *(float(m.min()) for m in present)), max(float(m.max()) for m in present)
 
 
-def _show(
-    axes: Axes,
-    image: Array,
-    concept_map: Array | None,
-    *,
-    low: float = 0.0,
-    high: float = 1.0,
-    threshold: float | None = None,
-) -> None:
-    """Draw an image, with heatmap and contour where there is a map."""
+def _show(axes: Axes, image: Array, concept_map: Array | None) -> None:
+    """Draw an image, with heatmap where there is a map."""
     axes.set_axis_off()
-    if concept_map is None:
-        axes.imshow(_rgb(image))
-        return
-    axes.imshow(overlay_map(image, concept_map, low=low, high=high))
+    axes.imshow(_rgb(image) if concept_map is None else overlay_map(image, concept_map))
+
+
+def _contour(axes: Axes, image: Array, concept_map: Array, threshold: float) -> None:
+    """The contour of a map over the image's axes, where the map crosses the threshold."""
     values = _upsample(np.asarray(concept_map, dtype=np.float32), *np.asarray(image).shape[:2])
-    if threshold is not None and values.min() < threshold < values.max():
+    if values.min() < threshold < values.max():
         for colour, line in (("black", 2.2), ("white", 1.1)):
             axes.contour(values, levels=[threshold], colors=colour, linewidths=line)

@@ -18,8 +18,8 @@ AGAINST = "#d0702a"
 """Contributions that lower a logit."""
 BASELINE = "#8a8f98"
 """Baselines and everything else that is there to compare with."""
-HEAT = "viridis"
-"""Colour map of concept maps."""
+HEAT = "inferno"
+"""Colour map of concept maps: it has no green, which would look like a property of the subject."""
 
 _BREAK = re.compile("[ ]*[\t\n\r]+[ ]*")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")

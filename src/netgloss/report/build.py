@@ -20,7 +20,7 @@ from netgloss.report.audited import pack_audit
 from netgloss.report.decoded import pack_figures
 from netgloss.report.environment import render, script_text
 from netgloss.report.pack import decoded_pictures, pack_maps, pack_thumbnails
-from netgloss.runs import verdicts
+from netgloss.runs import doubts, verdicts
 from netgloss.runs.files import RunFiles, read_run
 
 BUDGET = 14_400_000
@@ -55,17 +55,21 @@ def build_report(run_folder: Path, *, served: bool = False) -> str:
     pictures = data["pictures"] = decoded_pictures(files.concepts["concepts"])
     thumbnails, missing = pack_thumbnails(files.folder, [*files.concepts["images"], *pictures], BUDGET - fixed)
 
-    scores = [(s, verdicts.verdict(s), chart) for s, chart in zip(files.scores or [], charts, strict=True)]
+    judged = verdicts.verdicts_of(files)
+    scores = [(*pair, chart) for pair, chart in zip(judged, charts, strict=True)]
+    standing = {score["metric"]: v for score, v in judged}
     return render(
         "report.html",
         styles=("report.css",),
         script=script_text(served=served),
         run=files.run,
         concepts=files.concepts,
-        headlines=[(s, verdicts.verdict(s)) for s in verdicts.headline_scores(files.scores or [])],
+        headlines=[(s, standing[s["metric"]]) for s in verdicts.headline_scores(files.scores or [])],
         holds=verdicts.what_it_holds(files),
-        holds_up=verdicts.how_well(files),
-        distrust=verdicts.what_to_distrust(files, missing),
+        trust=doubts.trust(files),
+        typical=verdicts.typical_share(files),
+        distrust=doubts.what_to_distrust(files, missing),
+        shown=doubts.SHOWN,
         scores=scores,
         history=history,
         figures=drawn,
@@ -86,20 +90,22 @@ def to_json(value: Any) -> str:
 
 def _page_data(files: RunFiles) -> dict[str, Any]:
     """What the page's script reads."""
+    for concept in files.concepts["concepts"]:
+        concept["sentence"] = verdicts.concept_sentence(concept, files.concepts)
+        concept["serves"] = [entry["class"] for entry in verdicts.named_classes(concept, files.concepts["classes"])]
     return {
         "heat": _heat_colours(),
         "maps": bool(files.concepts["grid"]),
         "exact": files.concepts["importance"]["kind"] == "exact",
         "definition": files.concepts["importance"]["definition"],
-        "scores": [_score_data(score) for score in files.scores or []],
+        "scores": [_score_data(*pair) for pair in verdicts.verdicts_of(files)],
         "baselines": glossary.BASELINES,
-        **{name: files.concepts[name] for name in ("images", "concepts", "classes", "map", "mistakes")},
+        **{name: files.concepts[name] for name in ("images", "concepts", "classes", "map", "mistakes", "unmatched")},
     }
 
 
-def _score_data(score: dict[str, Any]) -> dict[str, Any]:
+def _score_data(score: dict[str, Any], judged: verdicts.Verdict) -> dict[str, Any]:
     """A score with its verdict, as its own page shows it."""
-    judged = verdicts.verdict(score)
     seeds = len(score["seeds"]) if isinstance(score["seeds"], list) else score["seeds"]
     count = seeds if isinstance(seeds, int) else None
     return score | {"seeds": count, "standing": judged.standing, "told": judged.words, "marks": judged.marks}
@@ -126,8 +132,8 @@ def _heat_colours() -> str:
 
 def _score_charts(files: RunFiles) -> list[str]:
     charts = []
-    for i, score in enumerate(files.scores or []):
-        shown = f"{verdicts.pretty(score['metric'])}: {number(score['value'])}, {verdicts.verdict(score).words}"
+    for i, (score, judged) in enumerate(verdicts.verdicts_of(files)):
+        shown = f"{verdicts.pretty(score['metric'])}: {number(score['value'])}, {judged.words}"
         figure = figures.score_chart([score], titles=False)
         charts.append(figures.to_svg(figure, prefix=f"score{i}-", description=shown))
     return charts

@@ -30,6 +30,7 @@ def environment() -> jinja2.Environment:
         number=number,
         pretty=verdicts.pretty,
         percent=verdicts.percent,
+        share_text=verdicts.share_text,
         plainly=verdicts.plainly,
         model_name=verdicts.model_name,
         marked=_marked,

@@ -101,7 +101,7 @@ def _encode(
 
     try:
         with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
-            if keep and image.format == "JPEG" and max(image.size) <= LARGEST:
+            if keep and image.format in ("JPEG", "WEBP") and max(image.size) <= LARGEST:
                 return file.read_bytes(), image.size
             image.draft("RGB", (2 * longest, 2 * longest))
             small = image.convert("RGB")

@@ -12,6 +12,7 @@ from typing import Any
 from netgloss.errors import UserError
 from netgloss.figures.comparison import value_text
 from netgloss.runs.run import read_json, to_json
+from netgloss.runs.views import harmless
 
 SYMBOLS = {
     "beats random": "",
@@ -88,7 +89,7 @@ class Comparison:
                 *(_plain(score[f]) for f in ("metric", "value", "low", "high", "n", "seeds", "higher_is_better")),
             ]
             baseline_values = [_plain(score["baselines"].get(b)) for b in baselines]
-            writer.writerow([_harmless(own[0]), *own[1:], self.mark(name, score["metric"]), *baseline_values])
+            writer.writerow([harmless(own[0]), *own[1:], self.mark(name, score["metric"]), *baseline_values])
         return buffer.getvalue()
 
     def kind(self, name: str) -> str:
@@ -115,8 +116,3 @@ _OPPOSITE = {"better": "worse", "worse": "better", "higher": "lower", "lower": "
 
 def _plain(value: Any) -> Any:
     return "" if value is None else value
-
-
-def _harmless(text: str) -> str:
-    """A name that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in "=+-@\t\r" else text

@@ -66,7 +66,29 @@ def read_run(folder: Path) -> RunFiles:
     scores = None
     if (folder / "scores.json").is_file():
         scores = _plain(_read(folder / "scores.json", list[ScoreRecord]))
-    return RunFiles(folder, _plain(run), _plain(concepts), scores, _history(folder / "history.jsonl"))
+    content = _plain(concepts)
+    _complete(content)
+    return RunFiles(folder, _plain(run), content, scores, _history(folder / "history.jsonl"))
+
+
+def _complete(concepts: dict[str, Any]) -> None:
+    """What earlier versions did not record and follows from what they did, in place."""
+    classes = {entry["class"] for entry in concepts["classes"]}
+    for image in concepts["images"]:
+        if image["known"] is None and image["label"] is not None:
+            image["known"] = image["label"] in classes
+        why = image["explained"]
+        if why and why["share"] is None and None not in (why["logit"], why["base"], why["gap"]):
+            why["share"] = _share(why["logit"], why["base"], why["gap"])
+
+
+def _share(*numbers: float) -> float | None:
+    import torch
+
+    from netgloss.metrics.faithfulness.importance import explained_share
+
+    share = float(explained_share(*(torch.tensor([value], dtype=torch.float64) for value in numbers)))
+    return share if math.isfinite(share) else None
 
 
 def read_audit(folder: Path) -> dict[str, Any] | None:

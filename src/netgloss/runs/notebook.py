@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from netgloss.figures.style import brief, number
 from netgloss.runs.files import RunFiles, inside, read_run
-from netgloss.runs.verdicts import headline_scores, percent, pretty, verdict
+from netgloss.runs.verdicts import headline_scores, named_classes, percent, pretty, verdicts_of
 
 if TYPE_CHECKING:
     from netgloss.runs.run import Run
@@ -52,10 +52,16 @@ def _scores(files: RunFiles) -> str:
     if not files.scores:
         return "<p>not scored</p>"
     rows = []
+    judged = {score["metric"]: standing for score, standing in verdicts_of(files)}
     for score in headline_scores(files.scores, _SCORES):
         low, high = score["low"], score["high"]
         interval = "–" if low is None or high is None else f"{number(low)} to {number(high)}"
-        cells = [_text(pretty(score["metric"])), number(score["value"]), interval, _text(verdict(score).words, 80)]
+        cells = [
+            _text(pretty(score["metric"])),
+            number(score["value"]),
+            interval,
+            _text(judged[score["metric"]].words, 80),
+        ]
         rows.append(cells)
     return _table(["score", "value", "95 % interval", "compared with its baselines"], rows)
 
@@ -65,7 +71,7 @@ def _concepts(files: RunFiles) -> str:
     rows = []
     for concept in leading:
         name = concept["label"]["text"] if concept["label"] else concept["name"]
-        serves = ", ".join(entry["class"] for entry in concept["classes"][:2])
+        serves = ", ".join(entry["class"] for entry in named_classes(concept, files.concepts["classes"])[:2])
         share = "–" if concept["importance"] is None else percent(concept["importance"])
         pictures = [_picture(files, entry["image"]) for entry in concept["gallery"][:_PICTURES]]
         rows.append(["".join(pictures), _text(name), share, _text(serves, 80)])
@@ -78,8 +84,9 @@ def _picture(files: RunFiles, index: int) -> str:
     if file is None or file.stat().st_size > _LARGEST_PICTURE:
         return ""
     data = file.read_bytes()
-    if not data.startswith(b"\xff\xd8"):
+    kind = "jpeg" if data.startswith(b"\xff\xd8") else "webp" if data[:4] + data[8:12] == b"RIFFWEBP" else ""
+    if not kind:
         return ""
     shown = _text(image["label"] or image["prediction"] or image["id"])
-    source = f"data:image/jpeg;base64,{base64.b64encode(data).decode('ascii')}"
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
     return f'<img src="{source}" alt="{shown}" width="56" height="56" style="display:inline;margin:1px">'

@@ -66,6 +66,8 @@ class Manifest(Struct):
     times: dict[str, Number] = {}
     tail: TailRecord = field(default_factory=TailRecord)
     warnings: list[str] = []
+    num_judged: Index | None = None
+    num_by_construction: Index = 0
 
 
 class ScoreRecord(Struct):
@@ -126,21 +128,23 @@ class RemovalRecord(Struct):
 
 
 class ExplainedRecord(Struct, rename={"class_": "class"}):
-    """What drove the prediction of an image."""
+    """What drove the prediction of an image; ``share`` of its logit that the concepts explain."""
 
     class_: str
     logit: Number = None
     base: Number = None
     gap: Number = None
+    share: Number = None
     drivers: list[DriverRecord] = []
     removal: RemovalRecord | None = None
 
 
 class ImageRecord(Struct):
-    """An image that is shown."""
+    """An image that is shown; ``known`` if its label is a class of the network."""
 
     id: str
     label: str | None = None
+    known: bool | None = None
     prediction: str | None = None
     probability: Number = None
     thumbnail: str | None = None
@@ -172,11 +176,12 @@ class GalleryEntry(Struct):
 
 
 class ServedClass(Struct, rename={"class_": "class"}):
-    """A class whose logit a concept raises."""
+    """A class whose logit a concept raises, and the number of its images."""
 
     class_: str
     contribution: Number = None
     share: Number = None
+    images: Index | None = None
 
 
 class Neighbour(Struct):
@@ -254,6 +259,16 @@ class Mistakes(Struct):
     groups: list[MistakeGroup] = []
 
 
+class UnmatchedClass(Struct):
+    """A class of the images that is none of the network: how many images, how they are predicted most often."""
+
+    label: str
+    images: Index
+    nearest: str | None = None
+    prediction: str | None = None
+    predicted: Index = 0
+
+
 class ClassConcept(Struct):
     """What a concept adds to the logit of a class, with its interval."""
 
@@ -294,11 +309,21 @@ class CompletenessGap(Struct):
     relative: Number = None
 
 
+class TypicalShare(Struct):
+    """Share of the network's own logit that base and concepts explain: median over ``images``, with its interval."""
+
+    share: float
+    images: Index
+    low: Number = None
+    high: Number = None
+
+
 class Importance(Struct):
     """How contributions were computed."""
 
     kind: str | None = None
     completeness_gap: CompletenessGap | None = None
+    explained: TypicalShare | None = None
     definition: str | None = None
 
 
@@ -313,6 +338,7 @@ class Concepts(Struct):
     concepts: list[ConceptRecord] = []
     map: ConceptMap | None = None
     mistakes: Mistakes | None = None
+    unmatched: list[UnmatchedClass] = []
     classes: list[ClassRecord] = []
 
     def problems(self) -> str:

@@ -7,6 +7,7 @@
     history.jsonl          loss terms over the steps of learned methods
     scores.json            a list of Score records
     concepts.json          concepts, classes and example images as the report shows them
+    concepts.csv           one line per concept
     images/                thumbnails
     figures/               figures of methods that draw some, and figures.json
     audit.json             findings of ``netgloss audit``, with their pictures in figures/
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from netgloss.classifiers import Classifier
     from netgloss.explainers.base import Explainer
     from netgloss.metrics import Score
+    from netgloss.runs.views import ConceptsRecord, ImageView
 
 FORMAT_VERSION = 1
 _MADE = (
@@ -277,20 +279,56 @@ class Run:
         return [Score.from_dict(record) for record in read_json(path)] if path.exists() else []
 
     @property
-    def concepts(self) -> dict[str, Any]:
-        """What the report shows of concepts, classes and images."""
-        return read_json(self.path / "concepts.json")
+    def concepts(self) -> ConceptsRecord:
+        """What the report shows of concepts, classes and images; ``run.concepts[3]`` is a concept with a figure."""
+        from netgloss.runs.views import ConceptsRecord
+
+        return ConceptsRecord(read_json(self.path / "concepts.json"), self.path)
+
+    def image(self, path: str | Path) -> ImageView:
+        """The explanation of one of the run's own images, with ``figure()``; ``netgloss.show`` explains any other.
+
+        Parameters
+        ----------
+        path : the image's id, its path, or the end of it.
+        """
+        from netgloss.runs.views import explained_image
+
+        return explained_image(self.path, path)
+
+    def table(self) -> Any:
+        """One row per concept: a pandas frame where pandas is installed, else a list of dicts.
+
+        The columns are those of ``concepts.csv``: number, name, share of all contributions, how often active,
+        stability, classes that it stands for, what it is strongest on, and its strongest images.
+        """
+        from netgloss.runs.views import concept_rows
+
+        rows = concept_rows(_read_concepts(self.path))
+        try:
+            import pandas
+        except ImportError:
+            return rows
+        return pandas.DataFrame(rows)
 
     def write_scores(self, scores: list[Score]) -> None:
         write_atomically(self.path / "scores.json", to_json([score.to_dict() for score in scores]))
 
     def write_concepts(self, concepts: dict[str, Any]) -> None:
+        from netgloss.runs.views import concepts_csv
+
         write_atomically(self.path / "concepts.json", to_json(concepts))
+        write_atomically(self.path / "concepts.csv", concepts_csv(_read_concepts(self.path)))
 
     def write_image(self, name: str, image: Image, *, quality: int = 82) -> None:
-        """A JPEG below ``images/``."""
+        """A picture below ``images/``: WebP if its name ends in .webp and Pillow can write that, else JPEG."""
+        from PIL import features
+
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality, optimize=True)
+        if name.endswith(".webp") and features.check("webp"):
+            image.save(buffer, "WEBP", quality=quality)
+        else:
+            image.save(buffer, "JPEG", quality=quality, optimize=True)
         write_atomically(self.path / "images" / name, buffer.getvalue())
 
     def write_figures(self, drawn: Sequence[tuple[str, Any, str]]) -> None:
@@ -349,6 +387,13 @@ class Run:
         from netgloss.runs.notebook import summary
 
         return summary(self)
+
+
+def _read_concepts(folder: Path) -> dict[str, Any]:
+    """``concepts.json``, checked and completed."""
+    from netgloss.runs.files import read_run
+
+    return read_run(folder).concepts
 
 
 class FileCheckpoint:

@@ -1,12 +1,14 @@
-"""The report's sentences: what the layer holds, how well the explanation holds up, what to distrust.
+"""What the numbers of a run say in words: how a score compares, which classes a concept stands for, what is explained.
 
 Rules over the run's own numbers, so that the first screen says what a careful reader would conclude from the tables.
+``doubts.py`` has what to distrust, and the one answer whether to trust.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,16 +16,38 @@ from typing import Any, Literal
 from netgloss.figures.style import brief, number
 from netgloss.runs.files import RunFiles
 
-Standing = Literal["better", "tie", "worse", "none"]
+Standing = Literal["better", "fair", "tie", "worse", "poor", "none"]
 
-FIRST = ("r2", "agreement", "stability", "kl", "accuracy_change")
+FIRST = ("agreement", "stability", "r2", "kl", "accuracy_change")
 """Metrics that the first screen prefers to show, where a run has them."""
 DESCRIPTIVE = ("l0", "l0_share", "hoyer", "dead_share", "collinearity", "collinearity_max")
 """Metrics that say what a code is like: the layer's own axes are sparse and apart for free, whatever they mean."""
+LEVELS = {
+    "agreement": (0.7, 0.9),
+    "stability": (0.5, 0.8),
+    "r2": (0.5, 0.8),
+    "kl": (1.0, 0.3),
+    "accuracy_change": (-0.1, -0.03),
+    "completeness": (0.7, 0.9),
+}
+"""Metrics whose value means something by itself: beyond the first level it is low, from the second on it is good.
+
+They are conventions, and the report says them with the value.
+"""
+CONSTRUCTED = ("agreement", "kl", "accuracy_change", "completeness")
+"""Metrics in which an image counts as unchanged if the class that it is predicted as is not explained."""
+ROUNDING = 1e-4
+"""Differences up to this are put down to rounding: an affine tail departs from its linear surrogate by 1e-7 to 1e-5."""
 UNSTABLE = 0.5
 """Below this stability over seeds a concept is called unstable."""
-LARGE_GAP = 0.1
-"""Above this share of the logit the gap of the contributions is called large."""
+HALF, MOST = 0.5, 0.8
+"""Shares of a prediction below which the explanation leaves more open than it says, and from which it covers most."""
+FEW_IMAGES = 50
+"""Below this number of evaluated images the report says what they cannot show."""
+NAMED_IMAGES, NAMED_SHARE = 5, 0.2
+"""A class is named for a concept if it has so many images and this share of the concept's strongest contribution."""
+NOT_EXPLAINED = "evaluated images are predicted as classes that are not explained"
+"""How the warning reads that images count as unchanged by construction."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +80,145 @@ def model_name(spec: Mapping[str, Any]) -> str:
     return re.split(r"[/\\]", path)[-1] + colon + factory if path.endswith(".py") else name
 
 
-def verdict(score: dict[str, Any]) -> Verdict:
-    """A baseline inside the interval is a tie; without an interval only an equal value is."""
+def verdict(score: Mapping[str, Any], *, constructed: int = 0) -> Verdict:
+    """What a score says by itself, then how it compares with its baselines.
+
+    A baseline inside the interval is a tie, as is one that differs by no more than :data:`ROUNDING`.
+
+    Parameters
+    ----------
+    constructed : evaluated images that keep their prediction by construction.
+    """
     value, better = score["value"], score["higher_is_better"]
     baselines = {name: v for name, v in score["baselines"].items() if v is not None}
     if value is None:
         return Verdict("none", "not defined here")
-    if better is None or score.get("metric") in DESCRIPTIVE:
+    metric = score.get("metric")
+    if better is None or metric in DESCRIPTIVE:
         return Verdict("none", "describes only")
-    if not baselines:
-        return Verdict("none", "no baseline to compare with")
-    low = value if score["low"] is None else score["low"]
-    high = value if score["high"] is None else score["high"]
+    low = (value if score["low"] is None else score["low"]) - ROUNDING
+    high = (value if score["high"] is None else score["high"]) + ROUNDING
     marks: dict[str, Standing] = {
         name: "tie" if low <= v <= high else "better" if (value > v) == better else "worse"
         for name, v in baselines.items()
     }
+    n = score.get("n")
+    if metric in CONSTRUCTED and constructed and n and constructed > n * (1 - MOST):
+        return Verdict("poor", f"says little: {constructed} of {n} images count by construction", marks)
+    standing, words = _compared(marks)
+    own, said = level(metric, value)
+    if own == "poor":
+        return Verdict("poor", f"{said}; {words}" if marks else said, marks)
+    if own == "fair" and standing in ("better", "none"):
+        return Verdict("fair", f"{said}; {words}" if marks else said, marks)
+    return Verdict(standing, words, marks)
+
+
+def level(metric: str | None, value: float) -> tuple[Standing, str]:
+    """Whether a value is low ("poor"), middling ("fair") or good by itself."""
+    if metric not in LEVELS:
+        return "none", ""
+    low, good = LEVELS[metric]
+    sign = 1 if low < good else -1
+    if sign * value < sign * low:
+        return "poor", f"{'low' if sign > 0 else 'high'}: {'below' if sign > 0 else 'above'} {number(low)}"
+    return ("fair", "middling") if sign * value < sign * good else ("better", "good")
+
+
+def _compared(marks: Mapping[str, Standing]) -> tuple[Standing, str]:
+    """The worst standing over the baselines, and the words for it."""
+    if not marks:
+        return "none", "no baseline to compare with"
     worse, ties = ([brief(pretty(name)) for name, mark in marks.items() if mark == m] for m in ("worse", "tie"))
     if worse:
-        return Verdict("worse", f"worse than {listed(worse)}", marks)
+        return "worse", f"worse than {listed(worse)}"
     if ties:
-        return Verdict("tie", f"not distinguishable from {listed(ties)}", marks)
-    return Verdict("better", "better than every baseline" if len(marks) > 1 else "better than its baseline", marks)
+        return "tie", f"not distinguishable from {listed(ties)}"
+    return "better", "better than every baseline" if len(marks) > 1 else "better than its baseline"
+
+
+def verdicts_of(files: RunFiles) -> list[tuple[dict[str, Any], Verdict]]:
+    """Each score of a run with its verdict."""
+    constructed = files.run["num_by_construction"]
+    return [(score, verdict(score, constructed=constructed)) for score in files.scores or []]
 
 
 def headline_scores(scores: list[dict[str, Any]], count: int = 4) -> list[dict[str, Any]]:
     """The scores of the first screen: the well-known ones first, then in the run's order."""
     rank = {name: i for i, name in enumerate(FIRST)}
     return sorted(scores, key=lambda s: rank.get(s["metric"], len(FIRST)))[:count]
+
+
+def named_classes(concept: Mapping[str, Any], classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The classes that a concept may be said to stand for, the largest contribution first.
+
+    Each has at least :data:`NAMED_IMAGES` images and :data:`NAMED_SHARE` of the strongest contribution among those.
+    """
+    counts = {entry["class"]: entry["num_images"] for entry in classes}
+    known = [
+        entry
+        for entry in concept["classes"]
+        if (entry["contribution"] or 0) > 0 and (entry["images"] or counts.get(entry["class"]) or 0) >= NAMED_IMAGES
+    ]
+    strongest = max((entry["contribution"] for entry in known), default=0.0)
+    kept = [entry for entry in known if entry["contribution"] >= NAMED_SHARE * strongest]
+    return sorted(kept, key=lambda entry: -entry["contribution"])
+
+
+def concept_sentence(concept: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """What a concept shows: the classes of its strongest images, and what it adds to the class it stands for."""
+    shown = [content["images"][entry["image"]] for entry in concept["gallery"]]
+    names = Counter(brief(image["label"] or image["prediction"] or "unknown") for image in shown)
+    if not names:
+        return "Never active in these images."
+    (first, times), *others = names.most_common(3)
+    text = f"Strongest on {first}, {times} of {len(shown)}"
+    if times <= len(shown) / 2:
+        parts = [f"{first} ({times} of {len(shown)})", *(f"{name} ({n})" for name, n in others)]
+        text = f"Strongest on {listed(parts)}"
+    named = named_classes(concept, content["classes"])
+    if named:
+        lead, value = brief(named[0]["class"]), number(named[0]["contribution"], signed=True)
+        text += f"; {value} to its logit" if lead == first else f"; {value} to {lead}"
+    return f"{text}."
+
+
+def typical_share(files: RunFiles) -> dict[str, Any] | None:
+    """How much of a prediction the concepts explain: ``share``, ``low``, ``high`` and ``images``.
+
+    The one number for this: the first screen, the light and the terminal read it. Runs from before it was recorded have
+    the median over the images that were explained one by one.
+    """
+    recorded: dict[str, Any] | None = files.concepts["importance"]["explained"]
+    if recorded is not None:
+        return recorded
+    shares = [image["explained"]["share"] for image in files.concepts["images"] if image["explained"]]
+    known = [share for share in shares if share is not None]
+    if not known:
+        return None
+    return {"share": statistics.median(known), "low": None, "high": None, "images": len(known)}
+
+
+def share_text(typical: Mapping[str, Any]) -> str:
+    """``64 % of a typical prediction (58 to 70 %)``."""
+    between = ""
+    if typical["low"] is not None and typical["high"] is not None:
+        between = f" ({100 * typical['low']:.0f} to {100 * typical['high']:.0f} %)"
+    return f"{percent(typical['share'])} of a typical prediction{between}"
+
+
+def num_judged(files: RunFiles) -> int | None:
+    """How many images the scores are from."""
+    judged: int | None = files.run["num_judged"]
+    if judged is not None:
+        return judged
+    return files.run["data"]["num_heldout"] or None
+
+
+def unstable_concepts(files: RunFiles) -> tuple[int, int]:
+    """How many concepts did not come back with other seeds, and of how many this is known."""
+    known = [c["stability"] for c in files.concepts["concepts"] if c["stability"] is not None]
+    return sum(value < UNSTABLE for value in known), len(known)
 
 
 def what_it_holds(files: RunFiles) -> list[Answer]:
@@ -108,81 +243,10 @@ def what_it_holds(files: RunFiles) -> list[Answer]:
             half += 1
         lean = "concept carries" if half == 1 else "concepts carry"
         answers.append(Answer(f"{half} {lean} half of all that the concepts add to the predictions.", "#/concepts"))
-    for concept in sorted(concepts, key=lambda c: -abs(c["importance"] or 0))[:3]:
-        if concept["importance"]:
-            serves = [brief(entry["class"]) for entry in concept["classes"][:2] if (entry["contribution"] or 0) > 0]
-            name = brief(concept["label"]["text"] if concept["label"] else concept["name"])
-            text = f"{percent(concept['importance'])}: {name}" + (f", for {listed(serves)}" if serves else "")
-            answers.append(Answer(text, f"#/concepts/{concept['id']}"))
     labelled = sum(c["label"] is not None for c in concepts)
     if labelled:
         answers.append(Answer(f"{labelled} of {len(concepts)} carry a label with evidence."))
     return answers
-
-
-def how_well(files: RunFiles) -> list[Answer]:
-    """How many scores beat their baselines, and how completely the contributions rebuild the logits."""
-    scored = [v for s in files.scores or [] if (v := verdict(s)).standing != "none"]
-    answers = []
-    if scored:
-        better = sum(v.standing == "better" for v in scored)
-        answers.append(Answer(f"{better} of {count(len(scored), 'score')} beat every baseline.", "#/scores"))
-    gap = files.concepts["importance"]["completeness_gap"]
-    if gap and gap["mean_abs"] is not None:
-        relative = "" if gap["relative"] is None else f" ({percent(gap['relative'])} of it)"
-        answers.append(
-            Answer(
-                f"Base and concepts together miss an image's logit by {number(gap['mean_abs'])}{relative} on average."
-            )
-        )
-    return answers
-
-
-def what_to_distrust(files: RunFiles, missing: list[str]) -> list[Answer]:
-    """Everything in the run that should lower a reader's trust, the gravest first."""
-    run, concepts = files.run, files.concepts["concepts"]
-    found: list[Answer] = []
-    if files.scores is None:
-        found.append(Answer("Nothing was scored in this run: how well the concepts hold is unknown.", grave=True))
-    for standing, phrase in (("worse", "Worse than"), ("tie", "Not distinguishable from")):
-        by_baseline: dict[str, list[str]] = {}
-        for score in files.scores or []:
-            for baseline, mark in verdict(score).marks.items():
-                if mark == standing:
-                    by_baseline.setdefault(pretty(baseline), []).append(brief(pretty(score["metric"])))
-        for baseline, metrics in by_baseline.items():
-            found.append(
-                Answer(f"{phrase} {brief(baseline)} in {listed(metrics, 5)}.", "#/scores", standing == "worse")
-            )
-    found += [Answer(text, "#/run") for text in run["warnings"]]
-    gap = files.concepts["importance"]["completeness_gap"]
-    if gap and gap["relative"] is not None and gap["relative"] > LARGE_GAP:
-        text = f"The contributions leave {percent(gap['relative'])} of the logit unexplained."
-        found.append(Answer(text, "#/images", grave=True))
-    if files.concepts["importance"]["kind"] not in (None, "exact"):
-        text = f"What concepts add to a logit is an approximation ({files.concepts['importance']['kind']})."
-        found.append(Answer(text, "#/run"))
-    unstable = sum(c["stability"] is not None and c["stability"] < UNSTABLE for c in concepts)
-    if unstable:
-        text = (
-            f"{count(unstable, 'concept')} of {len(concepts)} did not come back with other seeds (stability below 0.5)."
-        )
-        found.append(Answer(text, "#/concepts"))
-    elif concepts and all(c["stability"] is None for c in concepts):
-        found.append(Answer("Whether other seeds find the same concepts was not measured."))
-    dead = sum(c["share_active"] == 0 for c in concepts)
-    if dead:
-        found.append(Answer(f"{count(dead, 'concept')} of {len(concepts)} never became active.", "#/concepts"))
-    data = run["data"]
-    if data["num_heldout"] == 0:
-        found.append(
-            Answer("No image was held out: the scores are from images that the concepts were fitted to.", grave=True)
-        )
-    if data["unreadable"]:
-        found.append(Answer(f"{count(len(data['unreadable']), 'image')} left out: could not be read.", "#/run"))
-    if missing:
-        found.append(Answer(f"{count(len(missing), 'picture')} of the run folder could not be shown here."))
-    return sorted(found, key=lambda answer: not answer.grave)
 
 
 def count(n: int, noun: str) -> str:

@@ -29,6 +29,7 @@ from netgloss.processes import part
 from netgloss.progress import Silent
 from netgloss.report import write_report
 from netgloss.runs.run import Run
+from netgloss.runs.verdicts import NOT_EXPLAINED
 from netgloss.training.execution import Execution
 from netgloss.workflows.annotate import annotate
 from netgloss.workflows.control_networks import add_untrained_network
@@ -236,6 +237,7 @@ def _score(opened: _Opened) -> None:
         tail={"mode": context.tail.mode, "affine": affine, "reason": context.tail.reason},
         warnings=warnings,
         num_judged=len(images),
+        num_by_construction=_by_construction(context, explainers[0]),
         judged_with=_options_record(options),
     )
 
@@ -296,18 +298,25 @@ def _warnings(context: EvaluationContext, layer: Layer, explainer: Explainer) ->
             f"the logits do not depend on the {parts[0]} of {tail.layer!r}: only its {parts[1]} the head, so "
             "contributions are 0; explain an earlier layer"
         )
-    logits, explained = store.read_logits(context.images), explainer.explained_classes
+    logits = store.read_logits(context.images)
     if logits is not None and not store.info.model.get("random_weights"):
         several = len(store.info.class_names or ()) > 1 and layer.classifier.outputs != "multilabel"
         warnings += _suspicious_logits(logits, several=several)
-    if logits is not None and explained is not None:
-        missing = int((~np.isin(logits.argmax(axis=1), explained)).sum())
-        if missing:
-            warnings.append(
-                f"{missing} of {len(context.images)} evaluated images are predicted as classes that are not explained: "
-                "their largest logit stays unchanged, which counts as agreement and as no error"
-            )
+    missing = _by_construction(context, explainer)
+    if missing:
+        warnings.append(
+            f"{missing} of {len(context.images)} {NOT_EXPLAINED}: their "
+            "largest logit stays unchanged, which counts as agreement and as no error"
+        )
     return warnings
+
+
+def _by_construction(context: EvaluationContext, explainer: Explainer) -> int:
+    """Evaluated images that keep their prediction by construction: their class is not among those explained."""
+    logits, explained = context.store.read_logits(context.images), explainer.explained_classes
+    if logits is None or explained is None:
+        return 0
+    return int((~np.isin(logits.argmax(axis=1), explained)).sum())
 
 
 def _score_decoder(
@@ -354,7 +363,7 @@ def _write_explanations(
     stability: list[float] | None,
     *,
     affine: bool,
-    side: int = 144,
+    side: int = 224,
 ) -> None:
     """concepts.json and its thumbnails."""
     from torchvision.transforms.v2.functional import to_pil_image

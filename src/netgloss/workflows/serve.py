@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from netgloss.activations.layer import LayerReader
 from netgloss.errors import UserError
-from netgloss.explanations.heatmaps import ConceptRange
+from netgloss.explanations.heatmaps import recorded_ranges
 from netgloss.explanations.images import explain_images
 from netgloss.report import build_report
 from netgloss.report.build import to_json as page_json
@@ -35,7 +35,7 @@ from netgloss.training.execution import Execution
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from netgloss.explanations.heatmaps import ConceptRange
+    from netgloss.explanations.heatmaps import recorded_ranges
 
 MAX_BYTES = 20_000_000
 """Longest upload."""
@@ -73,7 +73,7 @@ class UploadExplainer:
         self.explainer.to(self.classifier.device)
         self.reader = LayerReader(self.classifier, run.layer, self.explainer)
         self.affine = self.reader.tail.mode == "graph" and bool(run.manifest.get("tail", {}).get("affine"))
-        self.ranges = _ranges(read_run(run.path).concepts["concepts"])
+        self.ranges = recorded_ranges(read_run(run.path).concepts["concepts"])
         self._one_at_a_time = threading.Lock()
 
     def explain(self, data: bytes) -> dict[str, Any]:
@@ -105,6 +105,7 @@ class UploadExplainer:
             drivers=_DRIVERS,
             affine=self.affine,
             pictures=[picture],
+            ranges=self.ranges,
         )
         record = explanation.record(self.ranges)
         for driver in record["drivers"]:
@@ -131,19 +132,6 @@ def _png(write: Callable[[io.BytesIO], Any]) -> str:
     buffer = io.BytesIO()
     write(buffer)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _ranges(concepts: list[dict[str, Any]]) -> list[ConceptRange]:
-    """The scales that the run's own maps are drawn on, so that an upload compares with its galleries."""
-    from netgloss.explanations.heatmaps import ConceptRange
-
-    found = []
-    for concept in concepts:
-        drawn = next((entry["map"] for entry in concept["gallery"] if entry["map"]), None)
-        low, high = (drawn["low"], drawn["high"]) if drawn else (0.0, concept["max"] or 1.0)
-        level = drawn["threshold"] if drawn and drawn["threshold"] is not None else 128
-        found.append(ConceptRange(low=low, high=high, contour=low + (high - low) * level / 255))
-    return found
 
 
 class Server(ThreadingHTTPServer):

@@ -17,7 +17,9 @@ from netgloss.errors import UserError, one_line
 from netgloss.evaluation.decoded import DecodedImage, Pictures, decode_images
 from netgloss.explainers.cladec import ClaDec
 from netgloss.explanations.excitation import HeatmapKind, chosen_heatmaps
+from netgloss.explanations.heatmaps import ConceptRange, recorded_ranges
 from netgloss.explanations.images import ImageExplanation, explain_images
+from netgloss.runs.files import read_run
 from netgloss.runs.run import Run, save_figure
 from netgloss.training.execution import Execution
 
@@ -70,7 +72,7 @@ def show(
     reader = LayerReader(classifier, run.layer, explainer, source)
     if explainer.target == "image" and not isinstance(explainer, ClaDec):
         raise UserError(f"{run.method} decodes into images in a way that show does not know")
-    shower = _Shower(run, classifier, explainer, reader, source, heat, top)
+    shower = _Shower(run, classifier, explainer, reader, source, heat, top, _ranges(run, heat))
     shown: list[Any] = []
     reasons: list[str] = []
     remarks: dict[str, str] = {}
@@ -98,6 +100,13 @@ def show(
     return shown
 
 
+def _ranges(run: Run, heat: HeatmapKind) -> list[ConceptRange] | None:
+    """The scales of the report's maps; None where maps are made in another way, or the run has no report yet."""
+    if heat != "gradient" or not (run.path / "concepts.json").is_file():
+        return None
+    return recorded_ranges(read_run(run.path).concepts["concepts"])
+
+
 def _why(error: Exception, name: str) -> str:
     """One line that names the image."""
     reason = str(error) or "it does not fit in memory"
@@ -115,6 +124,7 @@ class _Shower:
     source: ImageSource
     heat: HeatmapKind
     top: int
+    ranges: list[ConceptRange] | None = None
 
     def explain(self, index: int, remarks: dict[str, str]) -> ImageExplanation | DecodedImage:
         """The explanation of image ``index``; ``remarks`` receives what is odd about it.
@@ -144,5 +154,6 @@ class _Shower:
             heat=chosen_heatmaps(self.heat, explainer, classifier, self.run.layer, pixels.to(classifier.device), maps),
             drivers=self.top,
             pictures=[picture],
+            ranges=self.ranges,
         )
         return one

@@ -98,6 +98,39 @@ def explain_class(
     return Contributions(values.detach(), chosen.detach(), torch.where(base.isnan(), chosen, base).detach())
 
 
+def explained_share(logit: Tensor, base: Tensor, gap: Tensor) -> Tensor:
+    """(B,) share of what lies between base and logit that the concepts explain: ``1 - |gap| / |logit - base|``.
+
+    Parameters
+    ----------
+    logit : (B,) of the network itself. base : (B,) logit without any concept.
+    gap : (B,) ``logit - base`` minus all contributions, so what the reconstruction loses counts as not explained.
+
+    Returns
+    -------
+    In [0, 1]: 0 where the gap is as large as the whole; NaN where logit and base coincide.
+    """
+    whole = (logit - base).abs()
+    share = (1 - gap.abs() / whole.clamp_min(1e-30)).clamp_min(0)
+    return torch.where(whole > 1e-6 * (1 + logit.abs()), share, torch.nan)
+
+
+def typical_share(shares: Tensor) -> tuple[float, float | None, float | None] | None:
+    """Median of (n,) shares with its 95 % interval, from order statistics; NaN is left out, None if nothing is left.
+
+    The interval assumes no distribution: the values between which the median of the population lies by the binomial
+    law. Below six values there is none.
+    """
+    from scipy.stats import binom
+
+    known = shares[shares.isfinite()].double().sort().values
+    if not len(known):
+        return None
+    rank = int(binom.ppf(0.025, len(known), 0.5))
+    middle = (float(known[(len(known) - 1) // 2]) + float(known[len(known) // 2])) / 2
+    return (middle, float(known[rank - 1]), float(known[-rank])) if rank else (middle, None, None)
+
+
 def strongest(values: Tensor, count: int) -> list[int]:
     """Concepts of the largest absolute values (K,), strongest first, at most ``count``, without those that are 0."""
     return [k for k in values.abs().argsort(descending=True)[:count].tolist() if values[k] != 0]

@@ -24,7 +24,7 @@ function upsample({ rows, columns, values }, width, height) {
 
 // The same colours as netgloss.figures.overlay_map.
 function heat(map, width, height) {
-  const canvas = h("canvas", { width, height, "aria-hidden": "true" });
+  const canvas = h("canvas", { class: "heat", width, height, "aria-hidden": "true" });
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(width, height);
   const { low, high } = map;
@@ -38,6 +38,20 @@ function heat(map, width, height) {
   context.putImageData(pixels, 0, 0);
   return canvas;
 }
+
+// The surroundings of the outline, darkened: the same rule as in netgloss.figures.overlay.outline_map.
+function dimmed(map, width, height) {
+  const canvas = h("canvas", { class: "dim", width, height, "aria-hidden": "true" });
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(width, height);
+  upsample(map, width, height).forEach((byte, i) => {
+    pixels.data[4 * i + 3] = 153 * Math.min(1, Math.max(0, (map.threshold - byte) / (255 / 12)));
+  });
+  context.putImageData(pixels, 0, 0);
+  return canvas;
+}
+// Whether a concept's map stays below its outline in this picture, or touches it in too small a place to be drawn.
+const isWeak = (packedMap) => { const map = decode(packedMap); return map.threshold !== null && map.values.every((v) => v < map.threshold + 8); };
 
 // Marching squares over the upsampled map, closed off at the picture's border by holding the edges.
 function contour(map, width, height) {
@@ -86,8 +100,9 @@ function draw(frame) {
   if (job.map) {
     const scale = 96 / Math.max(width, height);
     const map = decode(job.map);
-    frame.append(heat(map, Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale))));
-    if (map.threshold !== null) frame.append(contour(map, width, height));
+    const size = [Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale))];
+    frame.append(heat(map, ...size));
+    if (map.threshold !== null) frame.append(dimmed(map, ...size), contour(map, width, height));
   }
 }
 const watcher = new IntersectionObserver((entries) => {
@@ -106,6 +121,7 @@ const ofDecoder = (i) => ({ size: data.pictures[i].size, source: () => packed(nu
 function picture(image, map, alt, keepShape) {
   const shown = typeof image === "number" ? ofImage(image) : image;
   const frame = h("div", { class: shown.size ? "frame" : "frame empty" });
+  if (shown.size) frame.style.setProperty("--stored", `${shown.size[0]}px`);
   if (keepShape) frame.style.setProperty("aspect-ratio", shown.size ? `${shown.size[0]} / ${shown.size[1]}` : "1");
   drawings.set(frame, { image: shown, map, alt });
   watcher.observe(frame);

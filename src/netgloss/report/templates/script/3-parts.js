@@ -1,21 +1,34 @@
 // -- parts of pages --------------------------------------------------------------------------------------------
 
-const served = (concept) => concept.classes.filter((k) => (k.contribution ?? 1) > 0).map((k) => k.class);
+const served = (concept) => concept.serves; // classes with enough images and contribution behind them
+// Whether an image was taken for another class: only if its label is a class of the network.
+const isWrong = ({ known, label, prediction }) => known && label !== null && prediction !== null && label !== prediction;
+const isRight = ({ known, label, prediction }) => known && label !== null && label === prediction;
 const title = (concept) => concept.label ? concept.label.text : concept.name;
 const conceptLink = (id) => h("a", { href: `#/concepts/${id}` }, text(title(concepts[id])));
 const classLink = (name) => classIndex.has(name) ? h("a", { href: `#/classes/${classIndex.get(name)}` }, text(name)) : text(name);
 const whatIsSeen = (image) => short(images[image].label ?? images[image].prediction ?? images[image].id);
 
-const emblem = (id) => concepts[id].gallery.length ? picture(concepts[id].gallery[0].image, concepts[id].gallery[0].map, "") : null;
+function emblem(id) {
+  const entry = concepts[id].gallery.find((one) => images[one.image].size);
+  return entry ? picture(entry.image, entry.map, "") : null;
+}
+
+const weakness = (map) => map && isWeak(map) ? h("span", { class: "muted" }, " (weak here)") : null;
+
+// The pictures of a concept's strongest images; as many columns as there are, at most two.
+function mosaic(concept, most) {
+  const lead = concept.gallery.filter((entry) => images[entry.image].size).slice(0, most);
+  const shown = lead.length === 3 ? lead.slice(0, 2) : lead;
+  return shown.length ? h("div", { class: `mosaic of-${shown.length}` }, shown.map((entry) => picture(entry.image, entry.map, ""))) : null;
+}
 
 function card(concept) {
-  const lead = concept.gallery.slice(0, 4);
-  const serves = served(concept).slice(0, 3);
   return h("a", { class: "card", href: `#/concepts/${concept.id}` },
-    h("div", { class: "mosaic" }, lead.map((entry) => picture(entry.image, entry.map, ""))),
+    mosaic(concept, 4),
     h("div", { class: "body" },
       h("h3", { class: "clamp" }, text(title(concept)), concept.label ? h("small", null, " ", text(concept.name)) : null),
-      h("p", { class: "clamp" }, serves.length ? ["for ", serves.flatMap((name, i) => i ? [", ", text(name)] : [text(name)])] : "serves no class here"),
+      h("p", null, text(concept.sentence)),
       h("p", null, `active ${where} ${percent(concept.share_active)}`, concept.stability === null ? "" : ` · stability ${number(concept.stability)}`),
       meter(concept.importance)));
 }
@@ -41,6 +54,19 @@ function bars(entries, pictured) {
     h("span", { class: "value" }, number(e.value, !e.unsigned)))));
 }
 
+// What speaks for and what against, in two columns on one scale; ``most`` in each.
+function forAndAgainst(entries, most = 12) {
+  const sorted = [...entries].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+  const sides = [["Speaks for it", sorted.filter((e) => e.value > 0)], ["Speaks against it", sorted.filter((e) => e.value < 0)]];
+  const top = Math.max(1e-12, ...sides.flatMap(([, side]) => side.map((e) => Math.abs(e.value))));
+  return h("div", { class: "two-sides" }, sides.map(([name, side]) => h("div", null, h("h4", null, name),
+    side.length ? h("ul", { class: "side" }, side.slice(0, most).map((e) => h("li", { class: e.picture ? "pictured" : "" }, e.picture, h("span", { class: "what" }, e.label,
+      h("span", { class: "track", "aria-hidden": "true" }, h("i", { class: e.value < 0 ? "minus" : "", css: { width: `${100 * Math.abs(e.value) / top}%` } }))),
+    h("span", { class: "value" }, number(e.value, true),
+      e.low !== null && e.low !== undefined && e.high !== null && e.high !== undefined ? h("small", null, `${number(e.low)} to ${number(e.high)}`) : null))))
+      : h("p", { class: "muted" }, "No concept."))));
+}
+
 function histogram({ edges, counts }) {
   const most = Math.log1p(Math.max(1, ...counts)), span = edges.at(-1) - edges[0] || 1;
   const x = (value) => 8 + 284 * (value - edges[0]) / span;
@@ -62,7 +88,7 @@ const ways = (here, ...links) => h("nav", { class: "segments", "aria-label": "Sh
   links.map(([to, name]) => h("a", { href: to, "aria-current": to === here && "page" }, name)));
 
 function mapChoice() {
-  const choices = [["heat", "Heat"], ["outline", "Outline"], ["photo", "Photo"]];
+  const choices = [["outline", "Outline"], ["heat", "Heat"], ["photo", "Photo"]];
   const group = h("div", { class: "segments", role: "group", "aria-label": "Show on pictures" },
     choices.map(([mode, label]) => h("button", { type: "button", "data-mode": mode, "aria-pressed": document.body.dataset.maps === mode,
       on: { click: () => setMaps(mode) } }, label)));

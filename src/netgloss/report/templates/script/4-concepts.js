@@ -43,6 +43,7 @@ const atlas = keep("atlas", () => {
 function conceptPage(id) {
   const c = concepts[id];
   if (!c) return nothing("concept", id);
+  const pictured = c.gallery.filter((entry) => images[entry.image].size);
   const scores = Object.entries(c.scores).map(([name, value]) => [name.replace(/_/g, " "), number(value)]);
   return h("div", null, crumbs("concepts", "concepts", concepts[id - 1]?.id, concepts[id + 1]?.id),
     h("h1", { tabindex: -1 }, text(title(c))),
@@ -50,12 +51,14 @@ function conceptPage(id) {
     h("div", { class: "detail" },
       h("section", null,
         h("div", { class: "bar-tools" }, h("h2", null, "Where it is strongest"), mapChoice()),
-        c.gallery.length ? h("div", { class: "gallery" }, c.gallery.map((entry) => {
+        c.gallery.length && !pictured.length ? h("p", { class: "note" }, "This run has no pictures of its images. Strongest in: ",
+          c.gallery.map((entry, i) => [i ? ", " : "", h("a", { href: `#/images/${entry.image}` }, text(images[entry.image].id))]), ".")
+        : c.gallery.length ? h("div", { class: "gallery" }, pictured.map((entry) => {
           const image = images[entry.image];
           return h("div", { class: "tile" }, h("a", { href: `#/images/${entry.image}` },
             picture(entry.image, entry.map, `${whatIsSeen(entry.image)}: where ${c.name} responds`, true),
-            h("div", { class: "caption" }, h("b", null, number(entry.value)), " ", text(whatIsSeen(entry.image)),
-              image.label !== null && image.prediction !== null && image.label !== image.prediction ? [h("br"), "taken for ", text(image.prediction)] : null)));
+            h("div", { class: "caption" }, h("b", null, number(entry.value)), " ", text(whatIsSeen(entry.image)), weakness(entry.map),
+              isWrong(image) ? [h("br"), "taken for ", text(image.prediction)] : null)));
         })) : h("p", { class: "note" }, "This concept was never active.")),
       h("aside", null,
         decodedPanel(c),
@@ -64,7 +67,8 @@ function conceptPage(id) {
         c.neighbours.length ? section("Most like it", bars(c.neighbours.map((near) => ({ label: conceptLink(near.concept), value: near.similarity,
           picture: emblem(near.concept), unsigned: true })), true),
         h("p", { class: "muted" }, data.map?.of === "codes" ? "Correlation of the codes over rows." : "Cosine of the directions; 1 is the same direction.")) : null,
-        c.classes.length ? section("What it adds to classes", bars(c.classes.map((k) => ({ label: classLink(k.class), value: k.contribution })))) : null,
+        c.classes.length ? section("What it adds to classes", bars(c.classes.map((k) => ({ value: k.contribution,
+          label: served(c).includes(k.class) || k.images === null ? classLink(k.class) : [classLink(k.class), h("small", { class: "muted" }, ` ${counted(k.images, "image")}`)] })))) : null,
         c.histogram && c.histogram.counts.length && c.histogram.edges.length === c.histogram.counts.length + 1
           ? section("How strongly it responds", histogram(c.histogram), h("p", { class: "muted" }, "Its strongest response in each image; heights are logarithmic.")) : null)));
 }

@@ -16,10 +16,10 @@ function classPage(index) {
     h("p", { class: "lede" }, counted(k.num_images, "image"), k.accuracy === null ? "" : `, ${percent(k.accuracy)} recognised`,
       k.agreement === null ? "" : `, ${percent(k.agreement)} keep their prediction when only the concepts are left`, "."),
     h("section", { class: "panel" }, h("h2", null, "What speaks for it, and against"),
-      bars(k.concepts.map((e) => ({ label: conceptLink(e.concept), value: e.contribution, low: e.low, high: e.high,
-        picture: emblem(e.concept) })), true),
+      forAndAgainst(k.concepts.map((e) => ({ label: conceptLink(e.concept), value: e.contribution, low: e.low, high: e.high,
+        picture: emblem(e.concept) }))),
       h("p", { class: "sum" }, "Mean logit ", h("b", null, number(k.mean_logit)), " = base ", h("b", null, number(k.base)),
-        " + all concepts + gap ", h("b", null, number(k.gap)), "; the lines across the bars are intervals.")),
+        " + all concepts + gap ", h("b", null, number(k.gap)), "; below each number is its 95 % interval.")),
     k.deletion ? deletionPanel(k.deletion) : null,
     seen.length ? [h("h2", { css: { "margin-top": "2rem" } }, "Images explained as this class"), imageGrid(seen)] : null);
 }
@@ -29,7 +29,7 @@ function deletionPanel({ concepts: own, lost, random, images: count }) {
   const cell = (value, strong) => h("td", null, strong && value !== null ? h("b", null, percent(value)) : percent(value));
   return h("section", { class: "panel" }, h("div", { class: "bar-tools" }, h("h2", null, "Where its concepts look"), mapChoice()),
     own.map((id) => concepts[id].gallery.length ? [h("h3", null, conceptLink(id)), h("div", { class: "gallery" },
-      concepts[id].gallery.slice(0, 5).map((entry) => h("div", { class: "tile" }, h("a", { href: `#/images/${entry.image}` },
+      concepts[id].gallery.filter((entry) => images[entry.image].size).slice(0, 5).map((entry) => h("div", { class: "tile" }, h("a", { href: `#/images/${entry.image}` },
         picture(entry.image, entry.map, `${whatIsSeen(entry.image)}: where ${concepts[id].name} responds`, true)))))] : null),
     h("h3", null, "Hidden and lost"),
     h("p", { class: "muted" }, `The strongest fifth of a concept's heat is blurred (${counted(count, "image")}); a row tells the share that each concept loses. `

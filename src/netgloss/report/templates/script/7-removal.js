@@ -8,7 +8,11 @@ function weakened({ exact, strengths: stored, logits, at }, strengths) {
   return moved < 0 ? logits : at[moved][stored.indexOf(strengths[moved])];
 }
 
-function removalPanel(removal, label) {
+// How much of a logit the concepts explain; in the colour of a warning where that is less than half.
+const coverage = ({ share }) => share === null || share === undefined ? null
+  : h("p", { class: share < 0.5 ? "coverage against" : "coverage" }, `The concepts explain ${percent(share)} of it`, share < 0.5 ? "; most of it lies elsewhere." : ".");
+
+function removalPanel({ removal, share }, label) {
   if (!removal || !removal.drivers.length) return null;
   const { exact, classes: names, logits, ceiling, drivers } = removal;
   const strengths = drivers.map(() => 1);
@@ -53,7 +57,9 @@ function removalPanel(removal, label) {
       h("ul", { class: "sliders" }, sliders.map(({ input, told }, d) => h("li", null, emblem(drivers[d]) ?? h("span"),
         h("span", { class: "clamp" }, conceptLink(drivers[d])), input, told))),
       h("div", null, results, verdict)),
+    share !== null && share !== undefined && share < 0.5 ? h("p", { class: "coverage against" },
+      `${percent(1 - share)} of this logit is in no concept and stays whatever is removed here: that the prediction stays does not say that a concept is unimportant.`) : null,
     h("p", { class: "muted" }, exact
-      ? "Exact: the scores are linear in these concepts, and all else in the image stays as it was. Bars are logits, the mark is the logit with nothing removed."
+      ? "The scores are linear in these concepts: each position is what the network answers when the concept's part is taken out and all else stays as it was. Bars are logits, the mark is the logit with nothing removed."
       : "Computed by the network at these strengths, one concept at a time (moving one puts the others back); nothing between or beyond was computed. Bars are logits, the mark is the logit with nothing removed."));
 }

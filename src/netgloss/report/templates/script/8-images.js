@@ -1,6 +1,6 @@
 function imageTile(i) {
   const image = images[i];
-  const wrong = image.label !== null && image.prediction !== null && image.label !== image.prediction;
+  const wrong = isWrong(image);
   return h("div", { class: "tile" }, h("a", { href: `#/images/${i}` }, picture(i, null, `${whatIsSeen(i)}`, true),
     h("div", { class: "caption" }, h("b", { class: "clamp" }, text(image.prediction ?? image.id)), ` ${percent(image.probability)}`,
       wrong ? [h("br"), h("span", { class: "against" }, "labelled ", text(image.label))] : null)));
@@ -18,7 +18,7 @@ const imageList = keep("images", () => {
     const word = search.value.toLowerCase();
     const found = listed.filter((i) => {
       const { id, label, prediction, split } = images[i];
-      const fits = which.value === "wrong" ? label !== null && label !== prediction : which.value === "right" ? label === prediction
+      const fits = which.value === "wrong" ? isWrong(images[i]) : which.value === "right" ? isRight(images[i])
         : which.value === "held-out" ? split === "held-out" : true;
       return fits && [id, label ?? "", prediction ?? ""].some((part) => part.toLowerCase().includes(word));
     });
@@ -37,29 +37,31 @@ function imagePage(index) {
   const why = image.explained;
   const inGalleries = concepts.flatMap((c) => c.gallery.filter((entry) => entry.image === index).map((entry) => [c, entry]));
   const drivers = why ? [...why.drivers].sort((a, b) => Math.abs(b.contribution) - Math.abs(a.contribution)) : [];
+  const weak = drivers.filter((d) => d.map && isWeak(d.map)), outlined = drivers.filter((d) => d.map && !weak.includes(d));
   const mapped = drivers.some((d) => d.map);
   const shown = drivers.reduce((sum, d) => sum + (d.contribution ?? 0), 0);
   const rest = why && why.logit !== null ? why.logit - (why.base ?? 0) - (why.gap ?? 0) - shown : null;
   return h("div", null, crumbs("images", "images", listed.findLast((i) => i < index), listed.find((i) => i > index)),
     h("h1", { tabindex: -1 }, why ? ["Why ", text(why.class), "?"] : text(image.prediction ?? image.id)),
     h("p", { class: "lede" }, text(image.id), image.prediction === null ? "" : [": predicted ", classLink(image.prediction), ` with ${percent(image.probability)}`],
-      image.label === null ? "" : [", labelled ", classLink(image.label)], image.split ? `; ${image.split === "fit" ? "used to fit" : image.split}` : "", "."),
+      image.label === null ? "" : image.known ? [", labelled ", classLink(image.label)] : [", labelled ", text(image.label), ", which is no class of the network"], image.split ? `; ${image.split === "fit" ? "used to fit" : image.split}` : "", "."),
     h("div", { class: "detail" },
       h("section", null, h("div", { class: "bar-tools" }, h("h2", null, mapped ? "The concepts that drove it" : "The image"), mapped ? mapChoice() : null),
         h("div", { class: "gallery" },
           h("div", { class: "tile" }, picture(index, null, whatIsSeen(index), true), h("div", { class: "caption" }, "the image")),
-          drivers.filter((d) => d.map).map((d) => h("div", { class: "tile" }, h("a", { href: `#/concepts/${d.concept}` },
+          outlined.map((d) => h("div", { class: "tile" }, h("a", { href: `#/concepts/${d.concept}` },
             picture(index, d.map, `${whatIsSeen(index)}: where ${concepts[d.concept].name} responds`, true),
-            h("div", { class: "caption" }, h("b", { class: d.contribution < 0 ? "against" : "for" }, number(d.contribution, true)), " ", text(title(concepts[d.concept])))))))),
+            h("div", { class: "caption" }, h("b", { class: d.contribution < 0 ? "against" : "for" }, number(d.contribution, true)), " ", text(title(concepts[d.concept]))))))),
+        weak.length ? h("p", { class: "muted" }, "Weak everywhere in this image: ", weak.map((d, i) => [i ? ", " : "", conceptLink(d.concept), ` (${number(d.contribution, true)})`]), ".") : null),
       h("aside", null,
-        why ? section("What adds up to the logit", bars([
+        why ? section("What adds up to the logit", forAndAgainst([
           ...drivers.map((d) => ({ label: conceptLink(d.concept), value: d.contribution, picture: mapped ? null : emblem(d.concept) })),
-          rest !== null && Math.abs(rest) > 1e-3 * (1 + Math.abs(why.logit)) ? { label: "other concepts", value: rest } : null,
-          why.base === null ? null : { label: "base", value: why.base, plain: true },
-          why.gap === null ? null : { label: "gap", value: why.gap, plain: true }].filter(Boolean), !mapped),
-        h("p", { class: "sum" }, "Together: the logit ", h("b", null, number(why.logit)), data.exact ? "." : ", approximately: contributions are gradient × concept.")) : null,
+          rest !== null && Math.abs(rest) > 1e-3 * (1 + Math.abs(why.logit)) ? { label: "other concepts", value: rest } : null].filter(Boolean)),
+        facts([["base, without any concept", number(why.base, true)], ["gap, in no concept", number(why.gap, true)]]),
+        h("p", { class: "sum" }, "Together: the logit ", h("b", null, number(why.logit)), data.exact ? "." : ", approximately: contributions are gradient × concept."),
+        coverage(why)) : null,
         inGalleries.length ? section("Among the strongest images of", h("ul", { class: "answers" }, inGalleries.map(([c, entry]) =>
           h("li", null, conceptLink(c.id), ` (${number(entry.value)})`)))) : null)),
-    why ? removalPanel(why.removal, image.label) : null,
+    why ? removalPanel(why, image.known ? image.label : null) : null,
     image.downloads ? h("p", null, image.downloads.map(([name, href], i) => [i ? " · " : "", h("a", { href, download: name }, `Save ${name}`)])) : null);
 }

@@ -8,8 +8,17 @@ const mistakesPage = keep("mistakes", () => {
     : `${wrong.toLocaleString("en")} of ${counted(labelled, "labelled image")} were taken for another class. Each mistake is counted under the concept that speaks most for the wrong class and against the right one.`;
   return h("div", null, h("h1", { tabindex: -1 }, "What drives its mistakes"), h("p", { class: "lede" }, lede),
     groups.map((group) => mistakeGroup(group, wrong)),
-    listed < wrong ? h("p", { class: "note" }, `${counted(wrong - listed, "more mistake")} in smaller groups.`) : null);
+    listed < wrong ? h("p", { class: "note" }, `${counted(wrong - listed, "more mistake")} in smaller groups.`) : null,
+    data.unmatched.length ? unmatchedPanel() : null);
 });
+
+// Folders whose name is no class of the network.
+const unmatchedPanel = () => section("Not counted: labels that are no class of the network",
+  h("p", { class: "muted" }, "Whether these images are recognised is not known. Rename the folders, or give the network's names by --class-names."),
+  h("div", { class: "wide", tabindex: 0 }, h("table", { class: "table" }, h("thead", null, h("tr", null, h("th", { scope: "col" }, "Label"), h("th", { scope: "col" }, "Images"),
+    h("th", { scope: "col" }, "Nearest class"), h("th", { scope: "col" }, "Most often predicted"))),
+  h("tbody", null, data.unmatched.slice(0, 100).map((u) => h("tr", null, h("th", { scope: "row" }, text(u.label)), h("td", null, u.images.toLocaleString("en")),
+    h("td", null, u.nearest === null ? "–" : text(u.nearest)), h("td", null, u.prediction === null ? "–" : [text(u.prediction), ` (${u.predicted})`])))))));
 
 function mistakeGroup({ concept, count, share, pairs, images: shown, recognised_without: mended, replayed }, wrong) {
   const told = concept === null

@@ -20,18 +20,14 @@ function route() {
   document.body.dataset.view = view;
   const marked = make ? parent[kind] ?? kind : view;
   document.querySelectorAll("[data-nav]").forEach((link) => {
-    if (link.dataset.nav === marked) {
-      link.setAttribute("aria-current", "page");
-      link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40;
-    } else link.removeAttribute("aria-current");
+    if (link.dataset.nav === marked) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
   });
   setMaps(document.body.dataset.maps);
   window.scrollTo(0, make && index !== undefined ? 0 : scrolled[here] ?? 0);
   if (!first) (document.querySelector(`.view[data-view="${view}"] h1`) ?? byId("main")).focus({ preventScroll: true });
 }
 document.querySelectorAll(".view h1").forEach((title) => title.setAttribute("tabindex", "-1"));
-document.querySelector("#leading .atlas").append(...ranked("importance").slice(0, 6).map(card));
-if (!concepts.length) byId("leading").hidden = true;
 window.addEventListener("hashchange", route);
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
