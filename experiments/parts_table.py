@@ -1,4 +1,4 @@
-"""Judges the fits of experiments/parts.py on the reported half and writes the table. Nothing is chosen here."""
+"""Measures the fits of experiments/parts.py on the reported half and writes the table. Nothing is chosen here."""
 
 from __future__ import annotations
 
@@ -73,9 +73,10 @@ class Judge:
         return self.located(peaks_of(explainer, self.store, self.study.layer, self.images, size=self.size))
 
     def located(self, peaks: Any, grid: Any = None) -> dict[str, Any]:
-        from netgloss.metrics.location import bootstrap, locate
+        from netgloss.metrics.location import bootstrap, followed, locate, regression_error
 
         diagonal = math.hypot(*self.size)
+        seen = followed(peaks, self.landmarks, diagonal=diagonal)
         top, every = (locate(peaks, self.landmarks, diagonal=diagonal, top=t).means() for t in (100, None))
         spans = bootstrap(peaks, self.landmarks, diagonal=diagonal)
         return {
@@ -85,7 +86,13 @@ class Judge:
             "spread": every["spread"],
             "D_all": every["instability"],
             "ratio_all": every["ratio"],
-            "alike": alike(peaks, [side / cells for side, cells in zip(self.size, grid or self.grid, strict=True)]),
+            "coincidence": coincidence(
+                peaks, [side / cells for side, cells in zip(self.size, grid or self.grid, strict=True)]
+            ),
+            "found": int(seen.found.sum()),
+            "hits": float(seen.hits.nanmean()),
+            "chance": float(seen.chance.nanmean()),
+            "regression": regression_error(peaks, self.landmarks, diagonal=diagonal)[0],
             "ratio_replicates": spans["ratio"].tolist(),
         }
 
@@ -163,7 +170,7 @@ class Judge:
         return fit(build_explainer(cls, config, spec, seed=seed), stream, seed=seed)
 
 
-def alike(peaks: Any, cell: list[float]) -> float:
+def coincidence(peaks: Any, cell: list[float]) -> float:
     """Share of pairs of active concepts whose peaks lie within one cell (height, width) of each other, over all images:
     1 if all concepts look at the same place."""
     near = pairs = 0
@@ -179,11 +186,11 @@ def write_table(name: str, study: Any, arms: dict[str, Any], data: Path, runs: P
     from netgloss.runs.run import Run, versions
 
     judge = Judge(name, study, data, runs)
-    cache = runs / "judged.json"
+    cache = runs / "measured.json"
     rows: dict[str, list[dict[str, Any]]] = json.loads(cache.read_text()) if cache.exists() else {}
 
     def keep(row: str, seed: int, make: Any) -> None:
-        found = rows[row] = [e for e in rows.get(row, []) if "alike" in e or row in OTHERS]
+        found = rows[row] = rows.get(row, [])
         if all(entry["seed"] != seed for entry in found):
             start = time.perf_counter()
             found.append({"seed": seed, **make()})
@@ -218,8 +225,7 @@ def write_table(name: str, study: Any, arms: dict[str, Any], data: Path, runs: P
         "layer": study.layer,
         "upper": judge.above,
         "steps": study.steps,
-        "batch_size": study.batch_size,
-        "kappa": study.kappa,
+        "precision": study.precision,
         "fit_images": len(judge.fit_images),
         "reported_images": len(judge.images),
         "landmarks": {n: int(judge.landmarks[:, k, 0].isfinite().sum()) for k, n in enumerate(judge.names)},
@@ -261,7 +267,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Parts: {record['study']} ({record['model']} `{record['layer']}`)",
         "",
-        f"`python experiments/parts.py table {record['study']}`; {record['steps']} steps of {record['batch_size']} "
+        f"`python experiments/parts.py table {record['study']}`; {record['steps']} steps of 64 "
         f"images on {record['fit_images']} images without any annotation; all numbers are from "
         f"{record['reported_images']} other images (landmarks: {marks}). {accuracy}torch "
         f"{record['versions']['torch']}.",
@@ -270,10 +276,12 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         "D: location instability (top 100, share of the diagonal). Ratio: D over that of the same peaks dealt to other "
         "images, with a 95 % interval over images and seeds; 1 for a constant. Best: each concept's best landmark. "
-        "Spread: of the peaks. Alike: share of pairs of concepts whose peaks lie within one cell of each other. "
-        "IoU: part interpretability at 0.5 % of positions, and the share above 0.2.",
+        "Coincide: share of pairs of concepts whose peaks lie within one cell of each other. Found: landmarks that "
+        "some concept follows (docs/metrics.md, parts_found). Hits, chance: share of the images in which the best "
+        "concept of a landmark peaks near it, and the same of permuted peaks. Regression: error of the landmarks read "
+        "from all peaks. IoU: part interpretability at 0.5 % of positions.",
         "",
-        "| row | seeds | D | ratio | best | spread | alike | D, all images | ratio, all | IoU | > 0.2 |",
+        "| row | seeds | D | ratio | best | coincide | found | hits (chance) | regression | ratio, all images | IoU |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entries in rows.items():
@@ -285,8 +293,8 @@ def markdown(record: dict[str, Any]) -> str:
         value, low, high = ratio_of(entries)
         lines.append(
             f"| {name} | {len(entries)} | {mean('D')} | {value:.3f} [{low:.3f}, {high:.3f}] | {mean('best_ratio')} | "
-            f"{mean('spread')} | {mean('alike')} | {mean('D_all')} | {mean('ratio_all')} | {mean('part_iou')} | "
-            f"{mean('part_interpretability')} |"
+            f"{mean('coincidence')} | {', '.join(str(e['found']) for e in entries)} | "
+            f"{mean('hits')} ({mean('chance')}) | {mean('regression')} | {mean('ratio_all')} | {mean('part_iou')} |"
         )
     lines += [
         "",
@@ -304,9 +312,11 @@ def markdown(record: dict[str, Any]) -> str:
             continue
         cells = [name]
         for way, _ in TRACKS:
-            told = [e[way] for e in entries if way in e]
-            agreement, change = (np.mean([t[k] for t in told]) if told else 0 for k in ("agreement", "accuracy_change"))
-            cells.append(f"{agreement:.3f} / {change:+.3f}".replace("+nan", "-") if told else "-")
+            known = [e[way] for e in entries if way in e]
+            agreement, change = (
+                np.mean([t[k] for t in known]) if known else 0 for k in ("agreement", "accuracy_change")
+            )
+            cells.append(f"{agreement:.3f} / {change:+.3f}".replace("+nan", "-") if known else "-")
         cells += [f"{np.mean([e['errors'][layer] for e in entries]):.3f}" for layer in record["upper"]]
         share = [e["shares"]["part_maps_alone"] for e in entries if e["shares"]]
         cells += [f"{np.mean([e['p'] for e in entries]):.2f}", f"{np.mean(share):.2f}" if share else "-"]
@@ -329,20 +339,20 @@ def hypotheses(record: dict[str, Any]) -> list[str]:
     agreement = float(np.mean([e["both"]["agreement"] for e in main]))
     cost = f"agreement {agreement:.3f}" + ("" if math.isnan(change) else f", accuracy changes by {change:+.3f}")
 
-    def told(below: bool, above: bool) -> str:
+    def verdict(below: bool, above: bool) -> str:
         return "holds" if below else "does not hold" if above else "cannot tell"
 
-    first = told(high < original[1], low > original[2])
+    first = verdict(high < original[1], low > original[2])
     lines = [
         f"1. The ratio of the part maps is below that of the original filters: **{first}**{few}: {value:.3f} "
         f"[{low:.3f}, {high:.3f}] against {original[0]:.3f} [{original[1]:.3f}, {original[2]:.3f}]; {cost}.",
-        f"2. Accuracy falls by at most 2 points: **{told(change >= -0.02, change < -0.02)}**{few}: {cost}"
+        f"2. Accuracy falls by at most 2 points: **{verdict(change >= -0.02, change < -0.02)}**{few}: {cost}"
         + (" (the images have no classes of the network)." if math.isnan(change) else "."),
         f"3. The exact loss leaves no dead map: **{'holds' if dead == 0 else 'does not hold'}**{few}: {dead} dead.",
     ]
     if "no filter loss" in rows:
         plain = ratio_of(rows["no filter loss"])
-        no_gain = told(plain[1] > original[2] or plain[1] <= original[0] <= plain[2], plain[2] < original[1])
+        no_gain = verdict(plain[1] > original[2] or plain[1] <= original[0] <= plain[2], plain[2] < original[1])
         lines.append(
             f"4. Without the filter loss there is no gain: **{no_gain}** ({len(rows['no filter loss'])} seed(s)): "
             f"{plain[0]:.3f} [{plain[1]:.3f}, {plain[2]:.3f}] against {original[0]:.3f} for the original filters and "
