@@ -296,7 +296,7 @@ def test_a_run_is_audited_and_its_report_opens_with_the_finding(audited: netglos
     assert finding["examples"][0].startswith("colour 0/")
     assert record["searched"] == CLASSES
     page = (audited.path / "report.html").read_text()
-    assert page.index("Check these first") < page.index("What the layer holds")
+    assert page.index("Check these first") < page.index("What it looks at")
     assert "data:image/png;base64," in page
     assert (audited.path / "figures" / finding["picture"]).is_file()
 

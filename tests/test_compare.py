@@ -372,7 +372,7 @@ def test_runs_of_other_layers_or_stores_are_refused(swept: tuple[Path, Compariso
 def test_faithfulness_joins_a_runs_scores(swept: tuple[Path, Comparison], capsys: pytest.CaptureFixture[str]) -> None:
     out, first = swept
     path = out / "runs" / "pca"
-    command = ["evaluate", str(path), "--faithfulness"]
+    command = ["evaluate", str(path), "--faithfulness", "--scores"]
     main([*command, "--images", "critters:60", "--untrained-images", "8"])
     assert "c_gain_logit" in capsys.readouterr().out
     main(command)  # what the images gave stays
