@@ -417,7 +417,7 @@ def test_the_evaluation_sees_the_pooled_activation(tmp_path: Path, grid: tuple[i
 
     values = torch.rand(5, 4, *grid)
     store = make_store(tmp_path / "s", values, torch.rand(5, 4))
-    stub: Any = SimpleNamespace(device="cpu", class_names=["a"] * 4, wnids=None)
+    stub: Any = SimpleNamespace(device="cpu", class_names=["a"] * 4, wnids=None, outputs="multiclass")
     tail: Any = type("Tail", (), {"mode": "graph", "__call__": lambda self, a: a.flatten(2).mean(2) if grid else a})()
     layer = Layer(store, "l", tail, stub, pooled=True)
     (batch,) = layer.batches(np.arange(5))
