@@ -347,7 +347,7 @@ for _model in ("", ":", "timm:", "torchvision:", "timm:../../x", "torchvision:<s
     add(f"model {_model[:30]!r}", lambda folder, good, model=_model: ["layers", "--model", model, "--random-weights"])
 
 FLAGS: dict[str, list[str]] = {
-    "classes zero": ["--num-classes", "0"],
+    "classes half": ["--num-classes", "0.5"],
     "classes negative": ["--num-classes", "-5"],
     "classes huge": ["--num-classes", "999999999999999"],
     "classes word": ["--num-classes", "many"],
